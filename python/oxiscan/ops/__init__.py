@@ -1,0 +1,19 @@
+"""The public ops: upstream's signatures, outputs allocated with torch, arithmetic in Rust."""
+
+from .causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from .rmsnorm_gated import RMSNormGated, rmsnorm_gated
+from .selective_state_update import selective_state_update
+from .split_conv1d_scan import mamba_split_conv1d_scan_combined
+from .ssd import mamba_chunk_scan_combined
+from .state_passing import state_passing
+
+__all__ = [
+    "RMSNormGated",
+    "causal_conv1d_fn",
+    "causal_conv1d_update",
+    "mamba_chunk_scan_combined",
+    "mamba_split_conv1d_scan_combined",
+    "rmsnorm_gated",
+    "selective_state_update",
+    "state_passing",
+]

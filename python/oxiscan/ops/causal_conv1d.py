@@ -1,0 +1,147 @@
+"""Causal depthwise convolution over a sequence, and its decode step."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from oxiscan import _C
+from oxiscan._arguments import is_silu, not_yet, sizes
+
+from ._common import empty_like
+
+
+class _CausalConv1d(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        seq_idx: Tensor | None,
+        initial_states: Tensor | None,
+        silu: bool,
+        return_final_states: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        batch, dim, _ = sizes("x", x, "batch", "dim", "seqlen")
+        width = sizes("weight", weight, "dim", "width")[1]
+        out = torch.empty_like(x)
+        final_states = x.new_empty(batch, dim, max(width - 1, 0)) if return_final_states else None
+        _C.causal_conv1d_forward(x, weight, bias, seq_idx, initial_states, silu, out, final_states)
+        ctx.save_for_backward(x, weight, bias, seq_idx, initial_states)
+        ctx.silu = silu
+        ctx.set_materialize_grads(False)
+        return out, final_states
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dfinal_states: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, bias, seq_idx, initial_states = ctx.saved_tensors
+        dx, dweight = torch.empty_like(x), torch.empty_like(weight)
+        dbias, dinitial_states = empty_like(bias), empty_like(initial_states)
+        _C.causal_conv1d_backward(
+            x,
+            weight,
+            bias,
+            seq_idx,
+            initial_states,
+            ctx.silu,
+            dout,
+            dfinal_states,
+            dx,
+            dweight,
+            dbias,
+            dinitial_states,
+        )
+        return dx, dweight, dbias, None, dinitial_states, None, None
+
+
+def causal_conv1d_fn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+    final_states_out: Tensor | None = None,
+    activation: str | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Any:
+    """Causal depthwise convolution: out[t] = act(bias + sum_k weight[k] x[t - (width - 1) + k]).
+
+    Args:
+        x: (batch, dim, seqlen), float32, float64, bfloat16 or float16, any strides: both layouts, channels or tokens
+            innermost, are read as they lie, split views too.
+        weight: (dim, width), width 2 to 8, in x's dtype or float32.
+        bias: (dim,), in x's dtype or float32.
+        seq_idx: (batch, seqlen) int32, the document of each token. One starts wherever the id differs from the token
+            before; no tap reaches across. A token with a negative id gives 0.
+        initial_states: (batch, dim, width - 1), the inputs before token 0, in x's dtype or float32; they belong to the
+            document that contains token 0. Zeros if left out.
+        return_final_states: also return the last width - 1 inputs of the last document, (batch, dim, width - 1) in x's
+            dtype: the initial states of what follows. Differentiable.
+        final_states_out: where to write those, instead of a new tensor.
+        activation: None, "silu" or "swish".
+        cu_seqlens: not supported yet.
+
+    Returns:
+        out, of x's shape, dtype and layout; with return_final_states (out, final_states).
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, by name. NotImplementedError: cu_seqlens.
+    """
+    not_yet(cu_seqlens=cu_seqlens)
+    out, final_states = _CausalConv1d.apply(
+        x, weight, bias, seq_idx, initial_states, is_silu(activation), return_final_states
+    )
+    if not return_final_states:
+        return out
+    if final_states_out is not None:
+        if final_states_out.shape != final_states.shape:
+            raise ValueError(
+                f"final_states_out: got shape {tuple(final_states_out.shape)}; "
+                f"allowed: (batch, dim, width - 1) = {tuple(final_states.shape)}"
+            )
+        final_states = final_states_out.copy_(final_states)
+    return out, final_states
+
+
+@torch.no_grad()
+def causal_conv1d_update(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    cache_seqlens: Tensor | None = None,
+    conv_state_indices: Tensor | None = None,
+    intermediate_conv_states: Tensor | None = None,
+) -> Tensor:
+    """One decode step of `causal_conv1d_fn`. For inference: the result carries no gradient.
+
+    Args:
+        x: (batch, dim), or (batch, dim, 1).
+        conv_state: (batch, dim, state_len >= width - 1) in x's dtype, the last inputs, newest last; shifted in place.
+        weight, bias, activation: as for `causal_conv1d_fn`.
+        cache_seqlens, conv_state_indices, intermediate_conv_states: not supported yet.
+
+    Returns:
+        out, of x's shape and dtype.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, by name; conv_state is untouched then.
+        NotImplementedError: several tokens, or an argument that is not supported yet.
+    """
+    not_yet(
+        cache_seqlens=cache_seqlens,
+        conv_state_indices=conv_state_indices,
+        intermediate_conv_states=intermediate_conv_states,
+    )
+    tokens = x.unsqueeze(-1) if isinstance(x, Tensor) and x.dim() == 2 else x
+    seqlen = sizes("x", tokens, "batch", "dim", "seqlen")[2]
+    if seqlen != 1:
+        raise NotImplementedError(f"x: got {seqlen} tokens; allowed: one token per call")
+    out = torch.empty_like(tokens)
+    _C.causal_conv1d_update(tokens, conv_state, weight, bias, is_silu(activation), out)
+    return out.reshape(x.shape)

@@ -1,0 +1,81 @@
+"""RMSNorm over groups of the last dimension, gated by silu(z)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from oxiscan import _C, reference
+
+from ._common import empty_like
+
+
+class _RMSNormGated(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        z: Tensor | None,
+        eps: float,
+        group_size: int | None,
+        norm_before_gate: bool,
+    ) -> Tensor:
+        out = torch.empty_like(x)
+        _C.rmsnorm_gated_forward(x, weight, bias, z, eps, group_size, norm_before_gate, out)
+        ctx.save_for_backward(x, weight, bias, z)
+        ctx.options = eps, group_size, norm_before_gate
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, z = ctx.saved_tensors
+        dx, dweight = torch.empty_like(x), torch.empty_like(weight)
+        dbias, dz = empty_like(bias), empty_like(z)
+        _C.rmsnorm_gated_backward(x, weight, bias, z, *ctx.options, dout, dx, dweight, dbias, dz)
+        return dx, dweight, dbias, dz, None, None, None
+
+
+def rmsnorm_gated(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    z: Tensor | None = None,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+) -> Tensor:
+    """RMSNorm over groups of the last dimension, gated by silu(z).
+
+    norm_before_gate: out = (x / rms(x) weight + bias) silu(z); otherwise out = v / rms(v) weight + bias with
+    v = x silu(z). rms(v) = sqrt(mean(v^2) + eps) over each group of group_size elements.
+
+    Args:
+        x: (..., dim), float32, float64, bfloat16 or float16, any strides.
+        weight, bias: (dim,), in x's dtype or float32.
+        z: x's shape and dtype; no gate if left out.
+        eps: >= 0.
+        group_size: a divisor of dim; dim if left out.
+
+    Returns:
+        out, of x's shape and dtype.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, by name.
+    """
+    return _RMSNormGated.apply(x, weight, bias, z, eps, group_size, norm_before_gate)
+
+
+class RMSNormGated(reference.RMSNormGated):
+    """`rmsnorm_gated` as a module: weight (hidden_size,) of ones, no bias.
+
+    Args:
+        hidden_size: the size of the last dimension.
+        eps, group_size, norm_before_gate: as for `rmsnorm_gated`.
+        device, dtype: of the weight.
+    """
+
+    op = staticmethod(rmsnorm_gated)

@@ -1,0 +1,373 @@
+"""Everything between a Mamba-2 mixer's input and output projection, as one op for training."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from oxiscan import _C
+from oxiscan._arguments import acc_dtype, check_chunk_size, is_silu, not_yet, sizes
+
+from ._common import empty_like
+
+
+class _Sizes(NamedTuple):
+    """How zxbcdt splits: z (dim), xBC (dim + 2 ngroups dstate), dt (nheads)."""
+
+    nheads: int
+    headdim: int
+    ngroups: int
+    dstate: int
+
+    @property
+    def dim(self) -> int:
+        return self.nheads * self.headdim
+
+    @property
+    def conv_dim(self) -> int:
+        return self.dim + 2 * self.ngroups * self.dstate
+
+    def split(self, zxbcdt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        z, xBC, dt = zxbcdt.split([self.dim, self.conv_dim, self.nheads], dim=-1)
+        return z, xBC, dt
+
+    def heads(self, channels: Tensor) -> Tensor:
+        """(batch, seqlen, dim) as (batch, seqlen, nheads, headdim)."""
+        return channels.unflatten(-1, (self.nheads, self.headdim))
+
+    def scan_operands(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x by heads, B and C by groups: views of the convolution's result."""
+        x, B, C = xBC.split([self.dim, self.ngroups * self.dstate, self.ngroups * self.dstate], dim=-1)
+        groups = (self.ngroups, self.dstate)
+        return self.heads(x), B.unflatten(-1, groups), C.unflatten(-1, groups)
+
+
+class _Options(NamedTuple):
+    """The arguments that are not tensors."""
+
+    sizes: _Sizes
+    silu: bool
+    dt_limit: tuple[float, float]
+    rmsnorm_eps: float
+    norm_before_gate: bool
+    return_final_states: bool
+    return_final_conv_states: bool
+
+    def norm(self) -> tuple[float, int, bool]:
+        """eps, group_size and norm_before_gate of the gated norm."""
+        return self.rmsnorm_eps, self.sizes.dim // self.sizes.ngroups, self.norm_before_gate
+
+
+class _SplitConv1dScan(torch.autograd.Function):
+    """The gate is applied by the norm where there is one, else by the scan."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        zxbcdt: Tensor,
+        conv1d_weight: Tensor,
+        conv1d_bias: Tensor | None,
+        dt_bias: Tensor,
+        A: Tensor,
+        D: Tensor,
+        rmsnorm_weight: Tensor | None,
+        initial_states: Tensor | None,
+        initial_conv_states: Tensor | None,
+        seq_idx: Tensor | None,
+        options: _Options,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        split = options.sizes
+        batch = zxbcdt.shape[0]
+        z, xBC, dt = split.split(zxbcdt)
+        final_states = final_conv_states = None
+        if options.return_final_states:
+            states = (batch, split.nheads, split.headdim, split.dstate)
+            final_states = zxbcdt.new_empty(states, dtype=acc_dtype(zxbcdt))
+        if options.return_final_conv_states:
+            final_conv_states = zxbcdt.new_empty(batch, split.conv_dim, conv1d_weight.shape[1] - 1)
+
+        conv = torch.empty_like(xBC)
+        _C.causal_conv1d_forward(
+            xBC.transpose(1, 2),
+            conv1d_weight,
+            conv1d_bias,
+            seq_idx,
+            initial_conv_states,
+            options.silu,
+            conv.transpose(1, 2),
+            final_conv_states,
+        )
+        y = torch.empty_like(z)
+        gate = split.heads(z) if rmsnorm_weight is None else None
+        x, B, C = split.scan_operands(conv)
+        _C.ssd_forward(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            D,
+            gate,
+            dt_bias,
+            initial_states,
+            seq_idx,
+            True,
+            options.dt_limit,
+            split.heads(y),
+            final_states,
+        )
+        out = y
+        if rmsnorm_weight is not None:
+            out = torch.empty_like(y)
+            _C.rmsnorm_gated_forward(y, rmsnorm_weight, None, z, *options.norm(), out)
+
+        ctx.save_for_backward(
+            zxbcdt,
+            conv1d_weight,
+            conv1d_bias,
+            dt_bias,
+            A,
+            D,
+            rmsnorm_weight,
+            initial_states,
+            initial_conv_states,
+            seq_idx,
+            None if rmsnorm_weight is None else y,
+        )
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        return out, final_states, final_conv_states
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dout: Tensor | None, dfinal_states: Tensor | None, dfinal_conv_states: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        (
+            zxbcdt,
+            conv1d_weight,
+            conv1d_bias,
+            dt_bias,
+            A,
+            D,
+            rmsnorm_weight,
+            initial_states,
+            initial_conv_states,
+            seq_idx,
+            y,
+        ) = ctx.saved_tensors
+        options: _Options = ctx.options
+        split = options.sizes
+        z, xBC, dt = split.split(zxbcdt)
+        dzxbcdt = torch.empty_like(zxbcdt)
+        dz, dxBC, ddt = split.split(dzxbcdt)
+        dconv1d_weight, dA, dD, ddt_bias = (torch.empty_like(t) for t in (conv1d_weight, A, D, dt_bias))
+        dconv1d_bias, drmsnorm_weight = empty_like(conv1d_bias), empty_like(rmsnorm_weight)
+        dinitial_states, dinitial_conv_states = empty_like(initial_states), empty_like(initial_conv_states)
+
+        # The convolution is recomputed: cheaper than keeping its result from forward on.
+        conv = torch.empty_like(xBC)
+        _C.causal_conv1d_forward(
+            xBC.transpose(1, 2),
+            conv1d_weight,
+            conv1d_bias,
+            seq_idx,
+            initial_conv_states,
+            options.silu,
+            conv.transpose(1, 2),
+            None,
+        )
+        dy = dout
+        if rmsnorm_weight is not None:
+            if dout is None:
+                drmsnorm_weight = torch.zeros_like(rmsnorm_weight)
+                dz.zero_()
+            else:
+                dy = torch.empty_like(y)
+                _C.rmsnorm_gated_backward(
+                    y, rmsnorm_weight, None, z, *options.norm(), dout, dy, drmsnorm_weight, None, dz
+                )
+        gate_in_scan = rmsnorm_weight is None
+        dconv = torch.empty_like(conv)
+        x, B, C = split.scan_operands(conv)
+        dx, dB, dC = split.scan_operands(dconv)
+        _C.ssd_backward(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            D,
+            split.heads(z) if gate_in_scan else None,
+            dt_bias,
+            initial_states,
+            seq_idx,
+            True,
+            options.dt_limit,
+            None if dy is None else split.heads(dy),
+            dfinal_states,
+            dx,
+            ddt,
+            dA,
+            dB,
+            dC,
+            dD,
+            split.heads(dz) if gate_in_scan else None,
+            ddt_bias,
+            dinitial_states,
+        )
+        _C.causal_conv1d_backward(
+            xBC.transpose(1, 2),
+            conv1d_weight,
+            conv1d_bias,
+            seq_idx,
+            initial_conv_states,
+            options.silu,
+            dconv.transpose(1, 2),
+            dfinal_conv_states,
+            dxBC.transpose(1, 2),
+            dconv1d_weight,
+            dconv1d_bias,
+            dinitial_conv_states,
+        )
+        return (
+            dzxbcdt,
+            dconv1d_weight,
+            dconv1d_bias,
+            ddt_bias,
+            dA,
+            dD,
+            drmsnorm_weight,
+            dinitial_states,
+            dinitial_conv_states,
+            None,
+            None,
+        )
+
+
+def _split_sizes(
+    zxbcdt: Tensor, conv1d_weight: Tensor, dt_bias: Tensor, D: Tensor, headdim: int | None, ngroups: int
+) -> _Sizes:
+    channels = sizes("zxbcdt", zxbcdt, "batch", "seqlen", "2 dim + 2 ngroups dstate + nheads")[2]
+    conv_dim = sizes("conv1d_weight", conv1d_weight, "dim + 2 ngroups dstate", "width")[0]
+    (nheads,) = sizes("dt_bias", dt_bias, "nheads")
+    if headdim is None:
+        headdim = sizes("D", D, "nheads", "headdim")[1] if D.dim() != 1 else None
+    if headdim is None or headdim < 1:
+        raise ValueError(f"headdim: got {headdim} with D of shape {tuple(D.shape)}; allowed: headdim >= 1")
+    dim = nheads * headdim
+    if ngroups < 1 or nheads % ngroups:
+        raise ValueError(f"ngroups: got {ngroups}; allowed: a divisor of nheads = {nheads}")
+    dstate, rest = divmod(conv_dim - dim, 2 * ngroups)
+    if dstate < 1 or rest:
+        raise ValueError(
+            f"conv1d_weight: got {conv_dim} channels; allowed: dim + 2 ngroups dstate with dim = nheads headdim = {dim} "
+            f"and ngroups = {ngroups}"
+        )
+    extra = channels - (dim + conv_dim + nheads)
+    if extra > 0 and extra % 2 == 0:
+        raise NotImplementedError(
+            f"zxbcdt: got {channels} channels, {extra} more than z, x, B, C, dt have; allowed: {channels - extra} "
+            "(no leading channels outside the scan)"
+        )
+    if extra:
+        raise ValueError(
+            f"zxbcdt: got {channels} channels; allowed: 2 dim + 2 ngroups dstate + nheads = {channels - extra}"
+        )
+    return _Sizes(nheads, headdim, ngroups, dstate)
+
+
+def mamba_split_conv1d_scan_combined(
+    zxbcdt: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    chunk_size: int,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    return_final_states: bool = False,
+    activation: str | None = "silu",
+    rmsnorm_weight: Tensor | None = None,
+    rmsnorm_eps: float = 1e-6,
+    outproj_weight: Tensor | None = None,
+    outproj_bias: Tensor | None = None,
+    headdim: int | None = None,
+    ngroups: int = 1,
+    norm_before_gate: bool = True,
+    state_dtype: torch.dtype | None = None,
+    initial_conv_states: Tensor | None = None,
+    return_final_conv_states: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> Any:
+    """A Mamba-2 mixer between its projections: split, causal convolution, scan with softplus of dt, gate, norm.
+
+    Equals `causal_conv1d_fn` on xBC, `mamba_chunk_scan_combined` on its parts, then either the gate silu(z) or
+    `rmsnorm_gated` over groups of dim / ngroups, then the output projection; keeps only zxbcdt, the parameters and,
+    with a norm, the scan's result for backward.
+
+    Args:
+        zxbcdt: (batch, seqlen, 2 dim + 2 ngroups dstate + nheads), dim = nheads headdim; any strides, so (seqlen,
+            batch, ...) transposed needs no copy.
+        conv1d_weight: (dim + 2 ngroups dstate, width); conv1d_bias: (dim + 2 ngroups dstate,).
+        dt_bias, A: (nheads,); D: (nheads,) or (nheads, headdim). These and the weights in zxbcdt's dtype or float32.
+        chunk_size: >= 1; the result does not depend on it beyond rounding.
+        initial_states: (batch, nheads, headdim, dstate); initial_conv_states: (batch, dim + 2 ngroups dstate, width - 1).
+        seq_idx: (batch, seqlen) int32, the document of each token; convolution and state start anew with each.
+        dt_limit: clamps softplus(dt + dt_bias).
+        return_final_states: also return the scan's last state, float32 (float64 for float64).
+        activation: of the convolution: None, "silu" or "swish".
+        rmsnorm_weight: (dim,); without it the scan's result is gated by silu(z) and not normalized.
+        norm_before_gate: with a norm, whether silu(z) multiplies its result or its input.
+        outproj_weight: (out_features, dim); outproj_bias: (out_features,). The projection follows autocast.
+        headdim: needed when D is (nheads,).
+        return_final_conv_states: also return the last width - 1 inputs of the convolution.
+        state_dtype: the dtype of stored chunk states; this backend stores none between forward and backward.
+        cu_seqlens: not supported yet.
+
+    Returns:
+        out (batch, seqlen, dim or out_features) in zxbcdt's dtype and order of dimensions in memory; with the flags
+        (out, final_states), (out, final_conv_states) or (out, final_states, final_conv_states). All differentiable.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, by name.
+        NotImplementedError: cu_seqlens; channels of zxbcdt outside the scan.
+    """
+    not_yet(cu_seqlens=cu_seqlens)
+    check_chunk_size(chunk_size)
+    options = _Options(
+        sizes=_split_sizes(zxbcdt, conv1d_weight, dt_bias, D, headdim, ngroups),
+        silu=is_silu(activation),
+        dt_limit=dt_limit,
+        rmsnorm_eps=rmsnorm_eps,
+        norm_before_gate=norm_before_gate,
+        return_final_states=return_final_states,
+        return_final_conv_states=return_final_conv_states,
+    )
+    if outproj_weight is None and outproj_bias is not None:
+        raise ValueError("outproj_bias: got a tensor without outproj_weight; allowed: both, or neither")
+    out, final_states, final_conv_states = _SplitConv1dScan.apply(
+        zxbcdt,
+        conv1d_weight,
+        conv1d_bias,
+        dt_bias,
+        A,
+        D,
+        rmsnorm_weight,
+        initial_states,
+        initial_conv_states,
+        seq_idx,
+        options,
+    )
+    if outproj_weight is not None:
+        out = F.linear(out, outproj_weight, outproj_bias)
+    results = [out]
+    if return_final_states:
+        results.append(final_states)
+    if return_final_conv_states:
+        results.append(final_conv_states)
+    return results[0] if len(results) == 1 else tuple(results)

@@ -1,0 +1,112 @@
+"""Mamba-2's chunk scan (state-space duality)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from oxiscan import _C
+from oxiscan._arguments import acc_dtype, check_chunk_size, not_yet, sizes
+
+from ._common import empty_like
+
+
+class _ChunkScan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        dt_bias: Tensor | None,
+        initial_states: Tensor | None,
+        seq_idx: Tensor | None,
+        dt_softplus: bool,
+        dt_limit: tuple[float, float],
+        return_final_states: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        batch, _, nheads, headdim = sizes("x", x, "batch", "seqlen", "nheads", "headdim")
+        dstate = sizes("B", B, "batch", "seqlen", "ngroups", "dstate")[3]
+        out = torch.empty_like(x)
+        final_states = None
+        if return_final_states:
+            final_states = x.new_empty(batch, nheads, headdim, dstate, dtype=acc_dtype(x))
+        tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx)
+        _C.ssd_forward(*tensors, dt_softplus, dt_limit, out, final_states)
+        ctx.save_for_backward(*tensors)
+        ctx.options = dt_softplus, dt_limit
+        ctx.set_materialize_grads(False)
+        return out, final_states
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dfinal_states: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, dt, A, B, C, D, z, dt_bias, initial_states, _ = ctx.saved_tensors
+        gradients = tuple(torch.empty_like(t) for t in (x, dt, A, B, C))
+        gradients += tuple(empty_like(t) for t in (D, z, dt_bias, initial_states))
+        _C.ssd_backward(*ctx.saved_tensors, *ctx.options, dout, dfinal_states, *gradients)
+        return *gradients, None, None, None, None
+
+
+def mamba_chunk_scan_combined(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    return_final_states: bool = False,
+    return_varlen_states: bool = False,
+    state_dtype: torch.dtype | None = None,
+) -> Any:
+    """Mamba-2's state-space scan.
+
+    Per head, with a state of (headdim, dstate):
+    state[t] = exp(dt[t] A) state[t - 1] + dt[t] x[t] B[t]^T;  out[t] = (state[t] C[t] + D x[t]) silu(z[t]).
+
+    Args:
+        x: (batch, seqlen, nheads, headdim), float32, float64, bfloat16 or float16, any strides.
+        dt: (batch, seqlen, nheads), in x's dtype or float32; dt_bias is added, then softplus applied if dt_softplus,
+            then it is clamped to dt_limit. A clamped dt has no gradient.
+        A: (nheads,), negative, in x's dtype or float32.
+        B, C: (batch, seqlen, ngroups, dstate) in x's dtype; ngroups divides nheads, head h reads group
+            h // (nheads / ngroups).
+        chunk_size: >= 1; the result does not depend on it beyond rounding.
+        D: (nheads,) or (nheads, headdim), in x's dtype or float32.
+        z: x's shape and dtype.
+        dt_bias: (nheads,), in x's dtype or float32.
+        initial_states: (batch, nheads, headdim, dstate), in x's dtype or float32; they belong to the document that
+            contains token 0. Zeros if left out.
+        seq_idx: (batch, seqlen) int32, the document of each token: the state is 0 where the id differs from the token
+            before.
+        return_final_states: also return the state after the last token, (batch, nheads, headdim, dstate) float32
+            (float64 for float64). Differentiable.
+        state_dtype: the dtype of stored chunk states; this backend stores none between forward and backward.
+        cu_seqlens, return_varlen_states: not supported yet.
+
+    Returns:
+        out, of x's shape and dtype; with return_final_states (out, final_states).
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, by name.
+        NotImplementedError: cu_seqlens, return_varlen_states.
+    """
+    not_yet(cu_seqlens=cu_seqlens, return_varlen_states=return_varlen_states)
+    check_chunk_size(chunk_size)
+    out, final_states = _ChunkScan.apply(
+        x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, dt_softplus, dt_limit, return_final_states
+    )
+    return (out, final_states) if return_final_states else out

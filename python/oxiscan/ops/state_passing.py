@@ -1,0 +1,58 @@
+"""The short recurrence over chunk states; the same op carries a state from one rank to the next."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from oxiscan import _C
+from oxiscan._arguments import acc_dtype, sizes
+
+from ._common import empty_like
+
+
+class _StatePassing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, decay: Tensor, initial_states: Tensor | None) -> tuple[Tensor, Tensor]:
+        batch, _, nheads, headdim, dstate = sizes(
+            "states", states, "batch", "nchunks", "nheads", "headdim", "dstate"
+        )
+        states_before = torch.empty_like(states)
+        final_states = states.new_empty(batch, nheads, headdim, dstate, dtype=acc_dtype(states))
+        _C.state_passing_forward(states, decay, initial_states, states_before, final_states)
+        ctx.save_for_backward(states_before, decay, initial_states)
+        ctx.set_materialize_grads(False)
+        return states_before, final_states
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dstates_before: Tensor | None, dfinal_states: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        states_before, decay, initial_states = ctx.saved_tensors
+        dstates, ddecay = torch.empty_like(states_before), torch.empty_like(decay)
+        dinitial_states = empty_like(initial_states)
+        _C.state_passing_backward(
+            states_before, decay, dstates_before, dfinal_states, dstates, ddecay, dinitial_states
+        )
+        return dstates, ddecay, dinitial_states
+
+
+def state_passing(states: Tensor, decay: Tensor, initial_states: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Carry a state over chunks: state[c + 1] = exp(decay[c]) state[c] + states[c], state[0] = initial_states.
+
+    Args:
+        states: (batch, nchunks, nheads, headdim, dstate), what each chunk adds; float32, float64, bfloat16 or float16.
+        decay: (batch, nchunks, nheads), the logarithm of each chunk's decay; float32 (or float64 with float64 states).
+        initial_states: (batch, nheads, headdim, dstate), in states' dtype or float32; zeros if left out.
+
+    Returns:
+        states_before: of states' shape and dtype, the state at each chunk's start.
+        final_states: (batch, nheads, headdim, dstate) float32 (float64 for float64), the state after the last chunk.
+        Both are differentiable in all three arguments.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit, by name.
+    """
+    return _StatePassing.apply(states, decay, initial_states)

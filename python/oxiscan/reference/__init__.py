@@ -1,0 +1,22 @@
+"""Every op in plain torch, as its definition reads: a token-by-token recurrence, differentiable by torch's own autograd.
+
+Nothing here is fast. It is what the tests compare with, in float64. Functions take the arguments of their twins in
+`oxiscan.ops`, compute in float64 for float64 inputs and in float32 otherwise, and return the twin's dtypes.
+"""
+
+from .causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from .rmsnorm_gated import RMSNormGated, rmsnorm_gated
+from .selective_state_update import selective_state_update
+from .ssd import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined
+from .state_passing import state_passing
+
+__all__ = [
+    "RMSNormGated",
+    "causal_conv1d_fn",
+    "causal_conv1d_update",
+    "mamba_chunk_scan_combined",
+    "mamba_split_conv1d_scan_combined",
+    "rmsnorm_gated",
+    "selective_state_update",
+    "state_passing",
+]

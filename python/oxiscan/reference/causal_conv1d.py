@@ -1,0 +1,88 @@
+"""Causal depthwise convolution: out[t] = act(bias + sum_k weight[k] * x[t - (width - 1) + k])."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from oxiscan._arguments import acc_dtype, is_silu, not_yet
+
+from ._common import document_starts
+
+
+def _activate(out: Tensor, activation: str | None) -> Tensor:
+    return F.silu(out) if is_silu(activation) else out
+
+
+def causal_conv1d_fn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+    final_states_out: Tensor | None = None,
+    activation: str | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See `oxiscan.ops.causal_conv1d_fn`."""
+    not_yet(cu_seqlens=cu_seqlens)
+    dtype = acc_dtype(x)
+    batch, dim, seqlen = x.shape
+    width = weight.shape[1]
+    history = x.new_zeros(batch, dim, width - 1) if initial_states is None else initial_states
+    padded = torch.cat([history.to(dtype), x.to(dtype)], dim=-1)
+
+    # The run of equal ids each column belongs to; what came before token 0 belongs to token 0's run.
+    run = torch.zeros(batch, width - 1 + seqlen, dtype=torch.long, device=x.device)
+    if seq_idx is not None:
+        run[:, width - 1 :] = document_starts(seq_idx).cumsum(dim=1)
+
+    out = torch.zeros(batch, dim, seqlen, dtype=dtype, device=x.device)
+    for k in range(width):
+        same_run = run[:, k : k + seqlen] == run[:, width - 1 :]
+        tap = weight[:, k].to(dtype)[:, None] * padded[:, :, k : k + seqlen]
+        out = out + torch.where(same_run[:, None], tap, 0.0)
+    if bias is not None:
+        out = out + bias.to(dtype)[:, None]
+    out = _activate(out, activation)
+    if seq_idx is not None:
+        out = torch.where((seq_idx < 0)[:, None], 0.0, out)
+    out = out.to(x.dtype)
+    if not return_final_states:
+        return out
+
+    last = padded.shape[-1] - (width - 1)
+    in_last_run = run[:, last:] == run[:, -1:]
+    final_states = torch.where(in_last_run[:, None], padded[:, :, last:], 0.0).to(x.dtype)
+    if final_states_out is not None:
+        final_states = final_states_out.copy_(final_states)
+    return out, final_states
+
+
+@torch.no_grad()
+def causal_conv1d_update(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    cache_seqlens: Tensor | None = None,
+    conv_state_indices: Tensor | None = None,
+    intermediate_conv_states: Tensor | None = None,
+) -> Tensor:
+    """See `oxiscan.ops.causal_conv1d_update`."""
+    not_yet(
+        cache_seqlens=cache_seqlens,
+        conv_state_indices=conv_state_indices,
+        intermediate_conv_states=intermediate_conv_states,
+    )
+    dtype = acc_dtype(x)
+    tokens = x.unsqueeze(-1) if x.dim() == 2 else x
+    if tokens.shape[-1] != 1:
+        raise NotImplementedError(f"x: got {tokens.shape[-1]} tokens; allowed: one token per call")
+    window = torch.cat([conv_state.to(dtype), tokens.to(dtype)], dim=-1)
+    conv_state.copy_(window[..., 1:])
+    out = (window[..., -weight.shape[1] :] * weight.to(dtype)).sum(-1)
+    if bias is not None:
+        out = out + bias.to(dtype)
+    return _activate(out, activation).to(x.dtype).reshape(x.shape)

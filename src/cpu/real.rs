@@ -1,0 +1,214 @@
+//! Numbers: `Real` is what the kernels compute in (f32, f64), `Element` what tensors hold (also bf16, f16).
+
+use std::ops::{AddAssign, MulAssign, SubAssign};
+
+use half::{bf16, f16};
+use num_traits::Float;
+
+/// The type an op computes and accumulates in.
+pub trait Real:
+    Float + AddAssign + SubAssign + MulAssign + Default + Send + Sync + std::fmt::Debug + 'static
+{
+    fn from_f32(value: f32) -> Self;
+    fn from_f64(value: f64) -> Self;
+    fn as_f32(self) -> f32;
+    fn as_f64(self) -> f64;
+
+    /// e^self, written so that a loop over it becomes vector code.
+    fn fast_exp(self) -> Self;
+
+    /// 1 / (1 + e^-self), with `exp` of a negative argument only.
+    #[inline(always)]
+    fn sigmoid(self) -> Self {
+        let small = (-self.abs()).fast_exp();
+        let one = Self::one();
+        (if self >= Self::zero() { one } else { small }) / (one + small)
+    }
+
+    #[inline(always)]
+    fn silu(self) -> Self {
+        self * self.sigmoid()
+    }
+
+    /// The derivative of silu.
+    #[inline(always)]
+    fn silu_grad(self) -> Self {
+        let sigmoid = self.sigmoid();
+        sigmoid * (Self::one() + self * (Self::one() - sigmoid))
+    }
+
+    /// ln(1 + e^self), linear above 20 as torch's.
+    #[inline(always)]
+    fn softplus(self) -> Self {
+        if self > Self::from_f32(20.0) { self } else { self.exp().ln_1p() }
+    }
+}
+
+impl Real for f32 {
+    #[inline(always)]
+    fn from_f32(value: f32) -> Self {
+        value
+    }
+    #[inline(always)]
+    fn from_f64(value: f64) -> Self {
+        value as f32
+    }
+    #[inline(always)]
+    fn as_f32(self) -> f32 {
+        self
+    }
+    #[inline(always)]
+    fn as_f64(self) -> f64 {
+        f64::from(self)
+    }
+
+    /// Within 3e-7 relative of e^x; 0 below -86.9 (no subnormal results), infinity above 88.7.
+    ///
+    /// x = n ln 2 + r with |r| <= ln 2 / 2, ln 2 in two parts so that r is exact; then the series of e^r to r^7 / 7!.
+    #[inline(always)]
+    fn fast_exp(self) -> Self {
+        // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+        const ROUND: f32 = 12_582_912.0;
+        const LN2_HIGH: f32 = 0.693_359_4;
+        const LN2_LOW: f32 = -2.121_944_4e-4;
+        let shifted = self * std::f32::consts::LOG2_E + ROUND;
+        let n = shifted - ROUND;
+        let r = (self - n * LN2_HIGH) - n * LN2_LOW;
+        let mut series = 1.0 / 5040.0;
+        for coefficient in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+            series = series * r + coefficient;
+        }
+        // 2^n as 2 * 2^(n - 1): n reaches 128, one more than an exponent holds.
+        let n = shifted.to_bits().wrapping_sub(ROUND.to_bits());
+        let scale = f32::from_bits(n.wrapping_add(126) << 23);
+        let value = 2.0 * series * scale;
+        let value = if self < -86.9 { 0.0 } else { value };
+        let value = if self > 88.72 { f32::INFINITY } else { value };
+        if self.is_nan() { self } else { value }
+    }
+}
+
+impl Real for f64 {
+    #[inline(always)]
+    fn from_f32(value: f32) -> Self {
+        f64::from(value)
+    }
+    #[inline(always)]
+    fn from_f64(value: f64) -> Self {
+        value
+    }
+    #[inline(always)]
+    fn as_f32(self) -> f32 {
+        self as f32
+    }
+    #[inline(always)]
+    fn as_f64(self) -> f64 {
+        self
+    }
+    #[inline(always)]
+    fn fast_exp(self) -> Self {
+        self.exp()
+    }
+}
+
+/// Sum of products in 16 interleaved sums: vector code, and always the same order.
+#[inline(always)]
+pub fn dot<T: Real>(a: &[T], b: &[T]) -> T {
+    let mut sums = [T::zero(); 16];
+    let (chunks_a, chunks_b) = (a.chunks_exact(16), b.chunks_exact(16));
+    let rest = chunks_a.remainder().iter().zip(chunks_b.remainder());
+    let tail = rest.fold(T::zero(), |sum, (&a, &b)| sum + a * b);
+    for (a, b) in chunks_a.zip(chunks_b) {
+        for ((sum, &a), &b) in sums.iter_mut().zip(a).zip(b) {
+            *sum += a * b;
+        }
+    }
+    sums.iter().fold(tail, |total, &sum| total + sum)
+}
+
+/// What a floating tensor holds.
+pub trait Element: Copy {
+    fn to_real<T: Real>(self) -> T;
+    fn from_real<T: Real>(value: T) -> Self;
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    fn to_real<T: Real>(self) -> T {
+        T::from_f32(self)
+    }
+    #[inline(always)]
+    fn from_real<T: Real>(value: T) -> Self {
+        value.as_f32()
+    }
+}
+
+impl Element for f64 {
+    #[inline(always)]
+    fn to_real<T: Real>(self) -> T {
+        T::from_f64(self)
+    }
+    #[inline(always)]
+    fn from_real<T: Real>(value: T) -> Self {
+        value.as_f64()
+    }
+}
+
+impl Element for bf16 {
+    #[inline(always)]
+    fn to_real<T: Real>(self) -> T {
+        T::from_f32(self.to_f32())
+    }
+    #[inline(always)]
+    fn from_real<T: Real>(value: T) -> Self {
+        bf16::from_f32(value.as_f32())
+    }
+}
+
+impl Element for f16 {
+    #[inline(always)]
+    fn to_real<T: Real>(self) -> T {
+        T::from_f32(self.to_f32())
+    }
+    #[inline(always)]
+    fn from_real<T: Real>(value: T) -> Self {
+        f16::from_f32(value.as_f32())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Real;
+
+    #[test]
+    fn fast_exp_is_within_3e_7() {
+        let worst = (-86_800..=88_700)
+            .map(|i| i as f32 * 1e-3 + 1.7e-4)
+            .map(|x| {
+                let exact = f64::from(x).exp();
+                (f64::from(x.fast_exp()) / exact - 1.0).abs()
+            })
+            .fold(0.0, f64::max);
+        assert!(worst < 3e-7, "{worst}");
+    }
+
+    #[test]
+    fn fast_exp_at_the_edges() {
+        assert_eq!(0.0f32.fast_exp(), 1.0);
+        assert_eq!((-1e4f32).fast_exp(), 0.0);
+        assert_eq!(f32::NEG_INFINITY.fast_exp(), 0.0);
+        assert_eq!(100.0f32.fast_exp(), f32::INFINITY);
+        assert_eq!(f32::INFINITY.fast_exp(), f32::INFINITY);
+        assert!(f32::NAN.fast_exp().is_nan());
+    }
+
+    #[test]
+    fn sigmoid_and_softplus_stay_finite() {
+        for x in [-1e4f32, -90.0, -1.0, 0.0, 1.0, 90.0, 1e4] {
+            let exact = 1.0 / (1.0 + (-f64::from(x)).exp());
+            assert!((f64::from(x.sigmoid()) - exact).abs() < 1e-6);
+            assert!(x.silu().is_finite() && x.silu_grad().is_finite() && x.softplus().is_finite());
+        }
+        assert_eq!(25.0f32.softplus(), 25.0);
+    }
+}

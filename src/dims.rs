@@ -1,0 +1,369 @@
+//! The dimensions of each op, derived and checked once, and the checks that every argument goes through.
+
+use crate::error::{Error, Result};
+use crate::tensor::{DType, Device, TensorArg, View};
+
+/// The backend that runs a call, by the device of its first tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backend {
+    Cpu,
+}
+
+/// What the first tensor of a call decides for the others: device and dtype.
+pub struct Checker<'a> {
+    first: &'static str,
+    device: &'a Device,
+    pub dtype: DType,
+    pub backend: Backend,
+}
+
+impl<'a> Checker<'a> {
+    pub fn new(arg: &'static str, tensor: &'a TensorArg) -> Result<Self> {
+        let backend = match &tensor.device {
+            Device::Cpu => Backend::Cpu,
+            Device::Other(name) => {
+                return Err(Error::Unsupported {
+                    arg,
+                    got: format!("a tensor on {name}"),
+                    allowed: "cpu, the only backend of this build".into(),
+                });
+            }
+        };
+        if tensor.dtype == DType::I32 {
+            return Err(Error::Type {
+                arg,
+                got: tensor.dtype.name().into(),
+                allowed: "float32, float64, bfloat16, float16".into(),
+            });
+        }
+        Ok(Checker { first: arg, device: &tensor.device, dtype: tensor.dtype, backend })
+    }
+
+    fn expect(&self, arg: &'static str, tensor: &TensorArg, allowed: &[DType]) -> Result<()> {
+        if tensor.device != *self.device {
+            return Err(Error::Value {
+                arg,
+                got: format!("a tensor on {:?}", tensor.device),
+                allowed: format!("the device of {}, {:?}", self.first, self.device),
+            });
+        }
+        if !allowed.contains(&tensor.dtype) {
+            let mut names: Vec<_> = allowed.iter().map(|dtype| dtype.name()).collect();
+            names.dedup();
+            return Err(Error::Type {
+                arg,
+                got: tensor.dtype.name().into(),
+                allowed: names.join(" or "),
+            });
+        }
+        Ok(())
+    }
+
+    /// A tensor that shares the first one's dtype.
+    pub fn same<const N: usize>(
+        &self,
+        arg: &'static str,
+        tensor: &TensorArg,
+        shape: [(&str, usize); N],
+    ) -> Result<View<N>> {
+        self.expect(arg, tensor, &[self.dtype])?;
+        tensor.view_of(arg, shape)
+    }
+
+    /// A tensor that has the first one's dtype or float32: parameters, dt, initial states.
+    pub fn same_or_f32<const N: usize>(
+        &self,
+        arg: &'static str,
+        tensor: &TensorArg,
+        shape: [(&str, usize); N],
+    ) -> Result<View<N>> {
+        self.expect_same_or_f32(arg, tensor)?;
+        tensor.view_of(arg, shape)
+    }
+
+    pub fn expect_same(&self, arg: &'static str, tensor: &TensorArg) -> Result<()> {
+        self.expect(arg, tensor, &[self.dtype])
+    }
+
+    pub fn expect_same_or_f32(&self, arg: &'static str, tensor: &TensorArg) -> Result<()> {
+        self.expect(arg, tensor, &[self.dtype, DType::F32])
+    }
+
+    /// A tensor of the accumulation dtype: final states and their gradients.
+    pub fn accumulator<const N: usize>(
+        &self,
+        arg: &'static str,
+        tensor: &TensorArg,
+        shape: [(&str, usize); N],
+    ) -> Result<View<N>> {
+        self.expect(arg, tensor, &[self.dtype.accumulator()])?;
+        tensor.view_of(arg, shape)
+    }
+
+    /// A tensor of any floating dtype: a decode state, kept in the precision its owner chose.
+    pub fn floating<const N: usize>(
+        &self,
+        arg: &'static str,
+        tensor: &TensorArg,
+        shape: [(&str, usize); N],
+    ) -> Result<View<N>> {
+        self.expect(arg, tensor, &[DType::F32, DType::F64, DType::BF16, DType::F16])?;
+        tensor.view_of(arg, shape)
+    }
+
+    pub fn int32<const N: usize>(
+        &self,
+        arg: &'static str,
+        tensor: &TensorArg,
+        shape: [(&str, usize); N],
+    ) -> Result<View<N>> {
+        self.expect(arg, tensor, &[DType::I32])?;
+        tensor.view_of(arg, shape)
+    }
+}
+
+fn positive(arg: &'static str, name: &str, size: usize) -> Result<()> {
+    if size == 0 {
+        return Err(Error::Value {
+            arg,
+            got: format!("{name} = 0"),
+            allowed: format!("{name} >= 1"),
+        });
+    }
+    Ok(())
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct SsdDims {
+    pub batch: usize,
+    pub seqlen: usize,
+    pub nheads: usize,
+    pub headdim: usize,
+    pub ngroups: usize,
+    pub dstate: usize,
+}
+
+impl SsdDims {
+    pub fn new(x: &TensorArg, B: &TensorArg) -> Result<Self> {
+        let x = x.view("x", ["batch", "seqlen", "nheads", "headdim"])?;
+        let B = B.view("B", ["batch", "seqlen", "ngroups", "dstate"])?;
+        let [batch, seqlen, nheads, headdim] = x.shape;
+        let [_, _, ngroups, dstate] = B.shape;
+        positive("x", "nheads", nheads)?;
+        positive("x", "headdim", headdim)?;
+        positive("B", "ngroups", ngroups)?;
+        positive("B", "dstate", dstate)?;
+        if nheads % ngroups != 0 {
+            return Err(Error::Value {
+                arg: "B",
+                got: format!("ngroups = {ngroups}"),
+                allowed: format!("a divisor of nheads = {nheads}"),
+            });
+        }
+        Ok(SsdDims { batch, seqlen, nheads, headdim, ngroups, dstate })
+    }
+
+    pub fn heads_per_group(&self) -> usize {
+        self.nheads / self.ngroups
+    }
+
+    pub fn x(&self) -> [(&'static str, usize); 4] {
+        [
+            ("batch", self.batch),
+            ("seqlen", self.seqlen),
+            ("nheads", self.nheads),
+            ("headdim", self.headdim),
+        ]
+    }
+
+    pub fn dt(&self) -> [(&'static str, usize); 3] {
+        [("batch", self.batch), ("seqlen", self.seqlen), ("nheads", self.nheads)]
+    }
+
+    pub fn B(&self) -> [(&'static str, usize); 4] {
+        [
+            ("batch", self.batch),
+            ("seqlen", self.seqlen),
+            ("ngroups", self.ngroups),
+            ("dstate", self.dstate),
+        ]
+    }
+
+    pub fn heads(&self) -> [(&'static str, usize); 1] {
+        [("nheads", self.nheads)]
+    }
+
+    pub fn states(&self) -> [(&'static str, usize); 4] {
+        [
+            ("batch", self.batch),
+            ("nheads", self.nheads),
+            ("headdim", self.headdim),
+            ("dstate", self.dstate),
+        ]
+    }
+
+    pub fn seq_idx(&self) -> [(&'static str, usize); 2] {
+        [("batch", self.batch), ("seqlen", self.seqlen)]
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct StatePassingDims {
+    pub batch: usize,
+    pub nchunks: usize,
+    pub nheads: usize,
+    pub headdim: usize,
+    pub dstate: usize,
+}
+
+impl StatePassingDims {
+    pub fn new(states: &TensorArg) -> Result<Self> {
+        let names = ["batch", "nchunks", "nheads", "headdim", "dstate"];
+        let [batch, nchunks, nheads, headdim, dstate] = states.view("states", names)?.shape;
+        Ok(StatePassingDims { batch, nchunks, nheads, headdim, dstate })
+    }
+
+    pub fn states(&self) -> [(&'static str, usize); 5] {
+        [
+            ("batch", self.batch),
+            ("nchunks", self.nchunks),
+            ("nheads", self.nheads),
+            ("headdim", self.headdim),
+            ("dstate", self.dstate),
+        ]
+    }
+
+    pub fn decay(&self) -> [(&'static str, usize); 3] {
+        [("batch", self.batch), ("nchunks", self.nchunks), ("nheads", self.nheads)]
+    }
+
+    pub fn one_state(&self) -> [(&'static str, usize); 4] {
+        [
+            ("batch", self.batch),
+            ("nheads", self.nheads),
+            ("headdim", self.headdim),
+            ("dstate", self.dstate),
+        ]
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct ConvDims {
+    pub batch: usize,
+    pub dim: usize,
+    pub seqlen: usize,
+    pub width: usize,
+}
+
+impl ConvDims {
+    pub fn new(x: &TensorArg, weight: &TensorArg) -> Result<Self> {
+        let [batch, dim, seqlen] = x.view("x", ["batch", "dim", "seqlen"])?.shape;
+        let [_, width] = weight.view("weight", ["dim", "width"])?.shape;
+        if !(2..=8).contains(&width) {
+            return Err(Error::Value {
+                arg: "weight",
+                got: format!("width = {width}"),
+                allowed: "width from 2 to 8".into(),
+            });
+        }
+        Ok(ConvDims { batch, dim, seqlen, width })
+    }
+
+    pub fn x(&self) -> [(&'static str, usize); 3] {
+        [("batch", self.batch), ("dim", self.dim), ("seqlen", self.seqlen)]
+    }
+
+    pub fn weight(&self) -> [(&'static str, usize); 2] {
+        [("dim", self.dim), ("width", self.width)]
+    }
+
+    pub fn states(&self) -> [(&'static str, usize); 3] {
+        [("batch", self.batch), ("dim", self.dim), ("width - 1", self.width - 1)]
+    }
+
+    pub fn seq_idx(&self) -> [(&'static str, usize); 2] {
+        [("batch", self.batch), ("seqlen", self.seqlen)]
+    }
+}
+
+#[derive(Clone, Debug)]
+pub struct NormDims {
+    pub shape: Vec<usize>,
+    pub nrows: usize,
+    pub dim: usize,
+    pub group_size: usize,
+}
+
+impl NormDims {
+    pub fn new(x: &TensorArg, group_size: Option<usize>) -> Result<Self> {
+        let shape = x.shape().to_vec();
+        let Some((&dim, leading)) = shape.split_last() else {
+            return Err(Error::Value {
+                arg: "x",
+                got: "shape ()".into(),
+                allowed: "(..., dim)".into(),
+            });
+        };
+        positive("x", "dim", dim)?;
+        let group_size = group_size.unwrap_or(dim);
+        if group_size == 0 || dim % group_size != 0 {
+            return Err(Error::Value {
+                arg: "group_size",
+                got: group_size.to_string(),
+                allowed: format!("a divisor of dim = {dim}"),
+            });
+        }
+        Ok(NormDims { nrows: leading.iter().product(), dim, group_size, shape })
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct StateUpdateDims {
+    pub batch: usize,
+    pub nheads: usize,
+    pub dim: usize,
+    pub ngroups: usize,
+    pub dstate: usize,
+}
+
+impl StateUpdateDims {
+    pub fn new(x: &TensorArg, state: &TensorArg, B: &TensorArg) -> Result<Self> {
+        let [batch, nheads, dim] = x.view("x", ["batch", "nheads", "dim"])?.shape;
+        let [_, _, _, dstate] = state.view("state", ["batch", "nheads", "dim", "dstate"])?.shape;
+        let [_, ngroups, _] = B.view("B", ["batch", "ngroups", "dstate"])?.shape;
+        positive("B", "ngroups", ngroups)?;
+        if nheads % ngroups != 0 {
+            return Err(Error::Value {
+                arg: "B",
+                got: format!("ngroups = {ngroups}"),
+                allowed: format!("a divisor of nheads = {nheads}"),
+            });
+        }
+        Ok(StateUpdateDims { batch, nheads, dim, ngroups, dstate })
+    }
+
+    pub fn state(&self) -> [(&'static str, usize); 4] {
+        [
+            ("batch", self.batch),
+            ("nheads", self.nheads),
+            ("dim", self.dim),
+            ("dstate", self.dstate),
+        ]
+    }
+
+    pub fn x(&self) -> [(&'static str, usize); 3] {
+        [("batch", self.batch), ("nheads", self.nheads), ("dim", self.dim)]
+    }
+
+    pub fn A(&self) -> [(&'static str, usize); 3] {
+        [("nheads", self.nheads), ("dim", self.dim), ("dstate", self.dstate)]
+    }
+
+    pub fn B(&self) -> [(&'static str, usize); 3] {
+        [("batch", self.batch), ("ngroups", self.ngroups), ("dstate", self.dstate)]
+    }
+
+    pub fn D(&self) -> [(&'static str, usize); 2] {
+        [("nheads", self.nheads), ("dim", self.dim)]
+    }
+}

@@ -1,0 +1,28 @@
+//! `oxiscan._C`: the kernels of state-space models, called from `python/oxiscan/ops`.
+
+mod cpu;
+mod dims;
+mod error;
+mod ops;
+mod tensor;
+mod torch;
+
+use pyo3::prelude::*;
+
+#[pymodule(gil_used = true)]
+mod _C {
+    #[pymodule_export]
+    use crate::ops::causal_conv1d::{
+        causal_conv1d_backward, causal_conv1d_forward, causal_conv1d_update,
+    };
+    #[pymodule_export]
+    use crate::ops::rmsnorm_gated::{rmsnorm_gated_backward, rmsnorm_gated_forward};
+    #[pymodule_export]
+    use crate::ops::selective_state_update::selective_state_update;
+    #[pymodule_export]
+    use crate::ops::ssd::{ssd_backward, ssd_forward};
+    #[pymodule_export]
+    use crate::ops::state_passing::{state_passing_backward, state_passing_forward};
+    #[pymodule_export]
+    use crate::torch::build_info;
+}

@@ -1,0 +1,177 @@
+//! Causal depthwise convolution: forward, backward, decode step.
+
+use pyo3::prelude::*;
+
+use crate::cpu;
+use crate::dims::{Backend, Checker, ConvDims};
+use crate::error::{Error, Result};
+use crate::ops::with_accumulator;
+use crate::tensor::{TensorArg, View};
+use crate::torch::run;
+
+/// What forward and backward both read.
+pub struct ConvInputs {
+    pub dims: ConvDims,
+    pub x: View<3>,
+    pub weight: View<2>,
+    pub bias: Option<View<1>>,
+    pub seq_idx: Option<View<2>>,
+    pub initial_states: Option<View<3>>,
+    pub silu: bool,
+}
+
+impl ConvInputs {
+    fn new(
+        check: &Checker,
+        x: &TensorArg,
+        weight: &TensorArg,
+        bias: Option<&TensorArg>,
+        seq_idx: Option<&TensorArg>,
+        initial_states: Option<&TensorArg>,
+        silu: bool,
+    ) -> Result<Self> {
+        let dims = ConvDims::new(x, weight)?;
+        Ok(ConvInputs {
+            x: check.same("x", x, dims.x())?,
+            weight: check.same_or_f32("weight", weight, dims.weight())?,
+            bias: bias
+                .map(|bias| check.same_or_f32("bias", bias, [("dim", dims.dim)]))
+                .transpose()?,
+            seq_idx: seq_idx
+                .map(|seq_idx| check.int32("seq_idx", seq_idx, dims.seq_idx()))
+                .transpose()?,
+            initial_states: initial_states
+                .map(|states| check.same_or_f32("initial_states", states, dims.states()))
+                .transpose()?,
+            silu,
+            dims,
+        })
+    }
+}
+
+pub struct ConvGradients {
+    pub dout: Option<View<3>>,
+    pub dfinal_states: Option<View<3>>,
+    pub dx: View<3>,
+    pub dweight: View<2>,
+    pub dbias: Option<View<1>>,
+    pub dinitial_states: Option<View<3>>,
+}
+
+#[pyfunction]
+pub fn causal_conv1d_forward(
+    py: Python<'_>,
+    x: TensorArg,
+    weight: TensorArg,
+    bias: Option<TensorArg>,
+    seq_idx: Option<TensorArg>,
+    initial_states: Option<TensorArg>,
+    silu: bool,
+    out: TensorArg,
+    final_states: Option<TensorArg>,
+) -> PyResult<()> {
+    run(py, |threads| {
+        let check = Checker::new("x", &x)?;
+        let (bias, seq_idx, initial) =
+            (bias.as_ref(), seq_idx.as_ref(), initial_states.as_ref());
+        let inputs = ConvInputs::new(&check, &x, &weight, bias, seq_idx, initial, silu)?;
+        let out = check.same("out", &out, inputs.dims.x())?;
+        let final_states = final_states
+            .as_ref()
+            .map(|states| check.same("final_states", states, inputs.dims.states()))
+            .transpose()?;
+        match check.backend {
+            Backend::Cpu => cpu::pool::install(threads, || {
+                with_accumulator!(check.dtype, T => {
+                    cpu::causal_conv1d::forward::<T>(&inputs, &out, final_states.as_ref());
+                });
+            }),
+        }
+    })
+}
+
+#[pyfunction]
+pub fn causal_conv1d_backward(
+    py: Python<'_>,
+    x: TensorArg,
+    weight: TensorArg,
+    bias: Option<TensorArg>,
+    seq_idx: Option<TensorArg>,
+    initial_states: Option<TensorArg>,
+    silu: bool,
+    dout: Option<TensorArg>,
+    dfinal_states: Option<TensorArg>,
+    dx: TensorArg,
+    dweight: TensorArg,
+    dbias: Option<TensorArg>,
+    dinitial_states: Option<TensorArg>,
+) -> PyResult<()> {
+    run(py, |threads| {
+        let check = Checker::new("x", &x)?;
+        let (bias, seq_idx, initial) =
+            (bias.as_ref(), seq_idx.as_ref(), initial_states.as_ref());
+        let inputs = ConvInputs::new(&check, &x, &weight, bias, seq_idx, initial, silu)?;
+        let dims = inputs.dims;
+        let gradients = ConvGradients {
+            dout: dout.as_ref().map(|dout| check.same("dout", dout, dims.x())).transpose()?,
+            dfinal_states: dfinal_states
+                .as_ref()
+                .map(|states| check.same("dfinal_states", states, dims.states()))
+                .transpose()?,
+            dx: check.same("dx", &dx, dims.x())?,
+            dweight: check.same_or_f32("dweight", &dweight, dims.weight())?,
+            dbias: dbias
+                .as_ref()
+                .map(|dbias| check.same_or_f32("dbias", dbias, [("dim", dims.dim)]))
+                .transpose()?,
+            dinitial_states: dinitial_states
+                .as_ref()
+                .map(|states| check.same_or_f32("dinitial_states", states, dims.states()))
+                .transpose()?,
+        };
+        match check.backend {
+            Backend::Cpu => cpu::pool::install(threads, || {
+                with_accumulator!(check.dtype, T => {
+                    cpu::causal_conv1d::backward::<T>(&inputs, &gradients);
+                });
+            }),
+        }
+    })
+}
+
+/// conv_state (batch, dim, state_len) is shifted in place, out (batch, dim, seqlen) is written.
+#[pyfunction]
+pub fn causal_conv1d_update(
+    py: Python<'_>,
+    x: TensorArg,
+    conv_state: TensorArg,
+    weight: TensorArg,
+    bias: Option<TensorArg>,
+    silu: bool,
+    out: TensorArg,
+) -> PyResult<()> {
+    run(py, |threads| {
+        let check = Checker::new("x", &x)?;
+        let inputs = ConvInputs::new(&check, &x, &weight, bias.as_ref(), None, None, silu)?;
+        let dims = inputs.dims;
+        let state_len = conv_state.view("conv_state", ["batch", "dim", "state_len"])?.shape[2];
+        if state_len < dims.width - 1 {
+            return Err(Error::Value {
+                arg: "conv_state",
+                got: format!("state_len = {state_len}"),
+                allowed: format!("state_len >= width - 1 = {}", dims.width - 1),
+            });
+        }
+        let shape = [("batch", dims.batch), ("dim", dims.dim), ("state_len", state_len)];
+        conv_state.expect_writable("conv_state")?;
+        let conv_state = check.same("conv_state", &conv_state, shape)?;
+        let out = check.same("out", &out, dims.x())?;
+        match check.backend {
+            Backend::Cpu => cpu::pool::install(threads, || {
+                with_accumulator!(check.dtype, T => {
+                    cpu::causal_conv1d::update::<T>(&inputs, &conv_state, &out);
+                });
+            }),
+        }
+    })
+}

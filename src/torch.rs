@@ -1,0 +1,122 @@
+//! What this crate knows of torch: its dtypes, its tensors' attributes, its thread count.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{PyDict, PyTuple, PyType};
+
+use crate::error::{Error, Result};
+use crate::tensor::{DType, Device, MAX_DIMS, TensorArg};
+
+struct Torch {
+    tensor: Py<PyType>,
+    get_num_threads: Py<PyAny>,
+    /// torch's dtype objects are singletons: comparing identity is enough, and cheap.
+    dtypes: Vec<(Py<PyAny>, DType)>,
+}
+
+static TORCH: PyOnceLock<Torch> = PyOnceLock::new();
+
+impl Torch {
+    fn get(py: Python<'_>) -> PyResult<&Torch> {
+        TORCH.get_or_try_init(py, || {
+            let torch = py.import("torch")?;
+            let dtypes = DType::ALL
+                .iter()
+                .map(|dtype| Ok((torch.getattr(dtype.name())?.unbind(), *dtype)))
+                .collect::<PyResult<_>>()?;
+            Ok(Torch {
+                tensor: torch.getattr("Tensor")?.cast_into::<PyType>()?.unbind(),
+                get_num_threads: torch.getattr("get_num_threads")?.unbind(),
+                dtypes,
+            })
+        })
+    }
+}
+
+impl<'py> FromPyObject<'_, 'py> for TensorArg {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
+        let py = object.py();
+        let torch = Torch::get(py)?;
+        if !object.is_instance(torch.tensor.bind(py))? {
+            let got = object.get_type().name()?;
+            return Err(type_error(format!("got {got}; allowed: torch.Tensor")));
+        }
+        let dtype = object.getattr(intern!(py, "dtype"))?;
+        let Some((_, dtype)) = torch.dtypes.iter().find(|(known, _)| known.is(&dtype)) else {
+            let allowed: Vec<_> = DType::ALL.iter().map(|dtype| dtype.name()).collect();
+            return Err(type_error(format!("got {dtype}; allowed: {}", allowed.join(", "))));
+        };
+        let device = if object.getattr(intern!(py, "is_cpu"))?.is_truthy()? {
+            Device::Cpu
+        } else {
+            let device = object.getattr(intern!(py, "device"))?;
+            Device::Other(device.str()?.to_string_lossy().into_owned())
+        };
+        // A lazily negated view shares its base's memory: reading that would lose the sign.
+        if object.call_method0(intern!(py, "is_neg"))?.is_truthy()? {
+            return Err(type_error("got a lazily negated view; allowed: tensor.resolve_neg()".into()));
+        }
+        let shape = object.getattr(intern!(py, "shape"))?;
+        let shape = shape.cast::<PyTuple>()?;
+        let strides = object.call_method0(intern!(py, "stride"))?;
+        let strides = strides.cast::<PyTuple>()?;
+        let ndim = shape.len();
+        if ndim > MAX_DIMS {
+            return Err(type_error(format!("got {ndim} dimensions; allowed: at most {MAX_DIMS}")));
+        }
+        let mut arg = TensorArg::new(
+            object.call_method0(intern!(py, "data_ptr"))?.extract::<usize>()? as *mut u8,
+            *dtype,
+            device,
+            ndim,
+        );
+        for axis in 0..ndim {
+            let size = shape.get_item(axis)?.extract()?;
+            arg.set_axis(axis, size, strides.get_item(axis)?.extract()?);
+        }
+        Ok(arg)
+    }
+}
+
+fn type_error(message: String) -> PyErr {
+    pyo3::exceptions::PyTypeError::new_err(message)
+}
+
+/// Run an op: without the GIL, with torch's thread count, a panic turned into an exception.
+///
+/// The caller's tensors outlive this call: Python holds them as arguments of the function that calls it.
+pub fn run<F>(py: Python<'_>, op: F) -> PyResult<()>
+where
+    F: FnOnce(usize) -> Result<()> + Send,
+{
+    let threads = Torch::get(py)?.get_num_threads.bind(py).call0()?.extract::<usize>()?;
+    let outcome = py.detach(|| catch_unwind(AssertUnwindSafe(|| op(threads))));
+    outcome.unwrap_or_else(|panic| Err(Error::Internal(panic_message(&*panic))))?;
+    Ok(())
+}
+
+fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
+    if let Some(text) = panic.downcast_ref::<&str>() {
+        (*text).to_owned()
+    } else if let Some(text) = panic.downcast_ref::<String>() {
+        text.clone()
+    } else {
+        "a panic without a message".to_owned()
+    }
+}
+
+/// Version, backends and vector instructions of this build, for `python -m oxiscan.info`.
+#[pyfunction]
+pub fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
+    let info = PyDict::new(py);
+    info.set_item("version", env!("CARGO_PKG_VERSION"))?;
+    info.set_item("backends", ["cpu"])?;
+    info.set_item("simd", crate::cpu::simd_name())?;
+    info.set_item("profile", if cfg!(debug_assertions) { "debug" } else { "release" })?;
+    Ok(info)
+}
