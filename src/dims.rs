@@ -19,6 +19,7 @@ pub struct Checker<'a> {
 
 impl<'a> Checker<'a> {
     pub fn new(arg: &'static str, tensor: &'a TensorArg) -> Result<Self> {
+        tensor.check(arg)?;
         let backend = match &tensor.device {
             Device::Cpu => Backend::Cpu,
             Device::Other(name) => {
@@ -40,11 +41,12 @@ impl<'a> Checker<'a> {
     }
 
     fn expect(&self, arg: &'static str, tensor: &TensorArg, allowed: &[DType]) -> Result<()> {
+        tensor.check(arg)?;
         if tensor.device != *self.device {
             return Err(Error::Value {
                 arg,
-                got: format!("a tensor on {:?}", tensor.device),
-                allowed: format!("the device of {}, {:?}", self.first, self.device),
+                got: format!("a tensor on {}", tensor.device),
+                allowed: format!("the device of {}, {}", self.first, self.device),
             });
         }
         if !allowed.contains(&tensor.dtype) {
@@ -343,12 +345,7 @@ impl StateUpdateDims {
     }
 
     pub fn state(&self) -> [(&'static str, usize); 4] {
-        [
-            ("batch", self.batch),
-            ("nheads", self.nheads),
-            ("dim", self.dim),
-            ("dstate", self.dstate),
-        ]
+        [("batch", self.batch), ("nheads", self.nheads), ("dim", self.dim), ("dstate", self.dstate)]
     }
 
     pub fn x(&self) -> [(&'static str, usize); 3] {

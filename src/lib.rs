@@ -24,5 +24,5 @@ mod _C {
     #[pymodule_export]
     use crate::ops::state_passing::{state_passing_backward, state_passing_forward};
     #[pymodule_export]
-    use crate::torch::build_info;
+    use crate::torch::{build_info, panic_on_purpose};
 }

@@ -43,6 +43,15 @@ pub enum Device {
     Other(String),
 }
 
+impl std::fmt::Display for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Device::Cpu => f.write_str("cpu"),
+            Device::Other(name) => f.write_str(name),
+        }
+    }
+}
+
 /// Run `$body` with `$E` bound to the Rust type of a floating dtype.
 macro_rules! with_element {
     ($dtype:expr, $E:ident => $body:expr) => {
@@ -79,6 +88,8 @@ pub struct TensorArg {
     ndim: usize,
     shape: [usize; MAX_DIMS],
     strides: [isize; MAX_DIMS],
+    /// What came and what is allowed, where Python's object cannot be taken.
+    refused: Option<(String, String)>,
 }
 
 // SAFETY: a TensorArg is a description. Its memory is reached through View and Rows only, whose users read inputs
@@ -89,7 +100,31 @@ unsafe impl Sync for TensorArg {}
 
 impl TensorArg {
     pub fn new(ptr: *mut u8, dtype: DType, device: Device, ndim: usize) -> Self {
-        TensorArg { ptr, dtype, device, ndim, shape: [0; MAX_DIMS], strides: [0; MAX_DIMS] }
+        TensorArg {
+            ptr,
+            dtype,
+            device,
+            ndim,
+            shape: [0; MAX_DIMS],
+            strides: [0; MAX_DIMS],
+            refused: None,
+        }
+    }
+
+    /// An argument that `check` will refuse.
+    pub fn refused(got: String, allowed: String) -> Self {
+        let nothing = TensorArg::new(std::ptr::null_mut(), DType::F32, Device::Cpu, 0);
+        TensorArg { refused: Some((got, allowed)), ..nothing }
+    }
+
+    /// Fail unless Python passed a tensor of a known kind.
+    pub fn check(&self, arg: &'static str) -> Result<()> {
+        match &self.refused {
+            None => Ok(()),
+            Some((got, allowed)) => {
+                Err(Error::Type { arg, got: got.clone(), allowed: allowed.clone() })
+            }
+        }
     }
 
     pub fn set_axis(&mut self, axis: usize, size: usize, stride: isize) {
@@ -103,6 +138,7 @@ impl TensorArg {
 
     /// The tensor with exactly `N` dimensions, which `names` names.
     pub fn view<const N: usize>(&self, arg: &'static str, names: [&str; N]) -> Result<View<N>> {
+        self.check(arg)?;
         if self.ndim != N {
             return Err(Error::Value {
                 arg,
@@ -163,8 +199,9 @@ impl TensorArg {
             return Err(Error::Value {
                 arg,
                 got: format!("strides {:?}", &self.strides[..self.ndim]),
-                allowed: "a tensor without expanded (stride 0) dimensions, as it is written in place"
-                    .into(),
+                allowed:
+                    "a tensor without expanded (stride 0) dimensions, as it is written in place"
+                        .into(),
             });
         }
         Ok(())

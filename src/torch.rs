@@ -39,17 +39,18 @@ impl Torch {
 impl<'py> FromPyObject<'_, 'py> for TensorArg {
     type Error = PyErr;
 
+    /// What is not a tensor we can take is refused where the argument's name is known: by `TensorArg::view` and its kin.
     fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
         let py = object.py();
         let torch = Torch::get(py)?;
         if !object.is_instance(torch.tensor.bind(py))? {
-            let got = object.get_type().name()?;
-            return Err(type_error(format!("got {got}; allowed: torch.Tensor")));
+            let got = object.get_type().name()?.to_string();
+            return Ok(TensorArg::refused(got, "torch.Tensor".into()));
         }
         let dtype = object.getattr(intern!(py, "dtype"))?;
         let Some((_, dtype)) = torch.dtypes.iter().find(|(known, _)| known.is(&dtype)) else {
             let allowed: Vec<_> = DType::ALL.iter().map(|dtype| dtype.name()).collect();
-            return Err(type_error(format!("got {dtype}; allowed: {}", allowed.join(", "))));
+            return Ok(TensorArg::refused(dtype.to_string(), allowed.join(", ")));
         };
         let device = if object.getattr(intern!(py, "is_cpu"))?.is_truthy()? {
             Device::Cpu
@@ -59,7 +60,8 @@ impl<'py> FromPyObject<'_, 'py> for TensorArg {
         };
         // A lazily negated view shares its base's memory: reading that would lose the sign.
         if object.call_method0(intern!(py, "is_neg"))?.is_truthy()? {
-            return Err(type_error("got a lazily negated view; allowed: tensor.resolve_neg()".into()));
+            let got = "a lazily negated view".into();
+            return Ok(TensorArg::refused(got, "tensor.resolve_neg()".into()));
         }
         let shape = object.getattr(intern!(py, "shape"))?;
         let shape = shape.cast::<PyTuple>()?;
@@ -67,24 +69,17 @@ impl<'py> FromPyObject<'_, 'py> for TensorArg {
         let strides = strides.cast::<PyTuple>()?;
         let ndim = shape.len();
         if ndim > MAX_DIMS {
-            return Err(type_error(format!("got {ndim} dimensions; allowed: at most {MAX_DIMS}")));
+            let allowed = format!("at most {MAX_DIMS}");
+            return Ok(TensorArg::refused(format!("{ndim} dimensions"), allowed));
         }
-        let mut arg = TensorArg::new(
-            object.call_method0(intern!(py, "data_ptr"))?.extract::<usize>()? as *mut u8,
-            *dtype,
-            device,
-            ndim,
-        );
+        let data = object.call_method0(intern!(py, "data_ptr"))?.extract::<usize>()?;
+        let mut arg = TensorArg::new(data as *mut u8, *dtype, device, ndim);
         for axis in 0..ndim {
             let size = shape.get_item(axis)?.extract()?;
             arg.set_axis(axis, size, strides.get_item(axis)?.extract()?);
         }
         Ok(arg)
     }
-}
-
-fn type_error(message: String) -> PyErr {
-    pyo3::exceptions::PyTypeError::new_err(message)
 }
 
 /// Run an op: without the GIL, with torch's thread count, a panic turned into an exception.
@@ -119,4 +114,16 @@ pub fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     info.set_item("simd", crate::cpu::simd_name())?;
     info.set_item("profile", if cfg!(debug_assertions) { "debug" } else { "release" })?;
     Ok(info)
+}
+
+/// Panic on purpose, in the calling thread or a worker: for the test that a panic reaches Python as an exception.
+#[pyfunction]
+#[pyo3(name = "_panic", signature = (message, worker = false))]
+pub fn panic_on_purpose(py: Python<'_>, message: String, worker: bool) -> PyResult<()> {
+    run(py, |threads| {
+        if worker {
+            return crate::cpu::pool::install(threads, || panic!("{message}"));
+        }
+        panic!("{message}")
+    })
 }

@@ -81,17 +81,20 @@ pub fn forward<T: Real>(inputs: &NormInputs, out: &Rows) {
     for_each_block(&inputs.dims, |rows| {
         let mut row = Row::<T>::new(inputs);
         let mut result = vec![T::zero(); inputs.dims.dim];
-        simd(|| {
-            for index in rows {
-                row.normalize(inputs, index);
-                let gate = inputs.z.is_some() && inputs.norm_before_gate;
-                for (i, result) in result.iter_mut().enumerate() {
-                    let value = row.affine(i);
-                    *result = if gate { value * row.z[i].silu() } else { value };
+        simd(
+            #[inline(always)]
+            || {
+                for index in rows {
+                    row.normalize(inputs, index);
+                    let gate = inputs.z.is_some() && inputs.norm_before_gate;
+                    for (i, result) in result.iter_mut().enumerate() {
+                        let value = row.affine(i);
+                        *result = if gate { value * row.z[i].silu() } else { value };
+                    }
+                    out.row(index).store_line([0], 0, &result);
                 }
-                out.row(index).store_line([0], 0, &result);
-            }
-        });
+            },
+        );
     });
 }
 
@@ -111,44 +114,47 @@ pub fn backward<T: Real>(inputs: &NormInputs, gradients: &NormGradients) {
         let mut row = Row::<T>::new(inputs);
         let mut c = vec![T::zero(); dim];
         let mut dz = vec![T::zero(); dim];
-        simd(|| {
-            for index in block * BLOCK..nrows.min((block + 1) * BLOCK) {
-                row.normalize(inputs, index);
-                gradients.dout.row(index).load_line([0], 0, &mut c);
-                if inputs.z.is_some() && inputs.norm_before_gate {
+        simd(
+            #[inline(always)]
+            || {
+                for index in block * BLOCK..nrows.min((block + 1) * BLOCK) {
+                    row.normalize(inputs, index);
+                    gradients.dout.row(index).load_line([0], 0, &mut c);
+                    if inputs.z.is_some() && inputs.norm_before_gate {
+                        for i in 0..dim {
+                            dz[i] = c[i] * row.affine(i) * row.z[i].silu_grad();
+                            c[i] *= row.z[i].silu();
+                        }
+                    }
                     for i in 0..dim {
-                        dz[i] = c[i] * row.affine(i) * row.z[i].silu_grad();
-                        c[i] *= row.z[i].silu();
+                        dweight[i] += c[i] * row.normed[i];
+                        dbias[i] += c[i];
+                        c[i] *= row.weight[i];
+                    }
+                    let groups = c.chunks_exact_mut(group_size);
+                    for ((c, normed), &rstd) in
+                        groups.zip(row.normed.chunks_exact(group_size)).zip(&row.rstd)
+                    {
+                        let mean = dot(c, normed) / T::from_f64(group_size as f64);
+                        for (c, &normed) in c.iter_mut().zip(normed) {
+                            *c = rstd * (*c - normed * mean);
+                        }
+                    }
+                    if inputs.z.is_some() && !inputs.norm_before_gate {
+                        // c is dv; v = x silu(z), and x is read again: v r does not give it back where silu(z) is 0.
+                        inputs.x.row(index).load_line([0], 0, &mut dz);
+                        for i in 0..dim {
+                            dz[i] *= c[i] * row.z[i].silu_grad();
+                            c[i] *= row.z[i].silu();
+                        }
+                    }
+                    gradients.dx.row(index).store_line([0], 0, &c);
+                    if let Some(view) = &gradients.dz {
+                        view.row(index).store_line([0], 0, &dz);
                     }
                 }
-                for i in 0..dim {
-                    dweight[i] += c[i] * row.normed[i];
-                    dbias[i] += c[i];
-                    c[i] *= row.weight[i];
-                }
-                let groups = c.chunks_exact_mut(group_size);
-                for ((c, normed), &rstd) in
-                    groups.zip(row.normed.chunks_exact(group_size)).zip(&row.rstd)
-                {
-                    let mean = dot(c, normed) / T::from_f64(group_size as f64);
-                    for (c, &normed) in c.iter_mut().zip(normed) {
-                        *c = rstd * (*c - normed * mean);
-                    }
-                }
-                if inputs.z.is_some() && !inputs.norm_before_gate {
-                    // c is dv; v = x silu(z), and x is read again: v r does not give it back where silu(z) is 0.
-                    inputs.x.row(index).load_line([0], 0, &mut dz);
-                    for i in 0..dim {
-                        dz[i] *= c[i] * row.z[i].silu_grad();
-                        c[i] *= row.z[i].silu();
-                    }
-                }
-                gradients.dx.row(index).store_line([0], 0, &c);
-                if let Some(view) = &gradients.dz {
-                    view.row(index).store_line([0], 0, &dz);
-                }
-            }
-        });
+            },
+        );
     });
     let mut total = vec![0.0; 2 * dim];
     for partial in partials.chunks_exact(2 * dim) {

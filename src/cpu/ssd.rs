@@ -1,6 +1,7 @@
 //! The chunk scan on the CPU: tiles of 64 tokens, matrix products inside a tile, a state carried between tiles.
 //!
-//! Per head and tile, with `a = A dt` and `l = cumsum(a)` in f64 (strong decay needs the digits):
+//! Per head and tile, with `a = A dt` and `l = cumsum(a)` in f64 (strong decay needs the digits), starting anew with
+//! each document so that no bit of one depends on another:
 //!
 //! ```text
 //! L[t, s] = exp(l[t] - l[s])   for t >= s of one document, else 0
@@ -23,7 +24,7 @@
 //! I = w B G^T             E = I + (CB o L)^T dY            dB = dCB^T C + sum_heads dt w X G
 //! dX = dt E + D dY        dD = sum_t dY X                  G_before = g G + dY^T (u C)
 //! K = dM o (CB o L dt)    r = u (C H^T . dY)               q = dt (I . X)
-//! da[t] = sum_{t' >= t} (rowsum K - colsum K + r)[t'] + sum_{s < t} q[s] + g <G, H>
+//! da[t] = sum_{t' >= t} (rowsum K - colsum K + r)[t'] + sum_{s < t} q[s] + g <G, H>, sums within t's document
 //! ddt = E . X + A da      dA = sum_t dt da
 //! ```
 
@@ -48,7 +49,7 @@ struct Shared<'a, T> {
     documents: Documents,
     /// (batch, nheads, ntiles, TILE)
     dt: Vec<T>,
-    /// (batch, nheads, ntiles, TILE), restarting at each tile
+    /// (batch, nheads, ntiles, TILE), starting anew with each tile and each document
     l: Vec<f64>,
     /// (batch, ngroups, ntiles, TILE, dstate)
     B: Vec<T>,
@@ -75,6 +76,7 @@ impl<'a, T: Real> Shared<'a, T> {
         let dims = inputs.dims;
         let SsdDims { batch, seqlen, nheads, ngroups, dstate, .. } = dims;
         let ntiles = seqlen.div_ceil(TILE);
+        let documents = Documents::new(inputs.seq_idx.as_ref());
         let mut dt = vec![T::zero(); batch * nheads * ntiles * TILE];
         let mut l = vec![0.0; dt.len()];
         let mut B = vec![T::zero(); batch * ngroups * ntiles * TILE * dstate];
@@ -83,7 +85,8 @@ impl<'a, T: Real> Shared<'a, T> {
         if ntiles > 0 {
             let per_head = dt.par_chunks_mut(ntiles * TILE).zip(l.par_chunks_mut(ntiles * TILE));
             per_head.enumerate().for_each(|(bh, (dt, l))| {
-                discretize(inputs, bh / nheads, bh % nheads, &mut dt[..seqlen], &mut l[..seqlen]);
+                let (dt, l) = (&mut dt[..seqlen], &mut l[..seqlen]);
+                discretize(inputs, &documents, bh / nheads, bh % nheads, dt, l);
             });
         }
         B.par_chunks_mut(TILE * dstate)
@@ -94,13 +97,15 @@ impl<'a, T: Real> Shared<'a, T> {
                 let (bg, tile) = (index / ntiles, index % ntiles);
                 let n = TILE.min(seqlen - tile * TILE);
                 let at = [bg / ngroups, tile * TILE, bg % ngroups, 0];
-                simd(|| {
-                    inputs.B.load_tile(at, (1, n), (3, dstate), B);
-                    inputs.C.load_tile(at, (1, n), (3, dstate), C);
-                });
+                simd(
+                    #[inline(always)]
+                    || {
+                        inputs.B.load_tile(at, (1, n), (3, dstate), B);
+                        inputs.C.load_tile(at, (1, n), (3, dstate), C);
+                    },
+                );
                 matmul(CB, T::zero(), Mat::new(C, n, dstate), Mat::new(B, n, dstate).t());
             });
-        let documents = Documents::new(inputs.seq_idx.as_ref());
         Shared { inputs, dims, ntiles, documents, dt, l, B, C, CB }
     }
 
@@ -148,20 +153,25 @@ impl<'a, T: Real> Shared<'a, T> {
     }
 }
 
-/// dt with bias, softplus and clamp; l, the sum of A dt within each tile.
-fn discretize<T: Real>(inputs: &SsdInputs, b: usize, h: usize, dt: &mut [T], l: &mut [f64]) {
+/// dt with bias, softplus and clamp; l, the sum of A dt within each tile and document.
+fn discretize<T: Real>(
+    inputs: &SsdInputs,
+    documents: &Documents,
+    b: usize,
+    h: usize,
+    dt: &mut [T],
+    l: &mut [f64],
+) {
     let A: T = inputs.A.get([h]);
     inputs.dt.load_line([b, 0, h], 1, dt);
-    for (dt, l) in dt.iter_mut().zip(l.iter_mut()) {
-        *dt = clamp(inputs, softplus(inputs, with_bias(inputs, h, *dt)));
-        *l = A.as_f64() * dt.as_f64();
-    }
-    for tile in l.chunks_mut(TILE) {
-        let mut sum = 0.0;
-        for l_t in tile {
-            sum += *l_t;
-            *l_t = sum;
+    let mut sum = 0.0;
+    for (t, (dt, l)) in dt.iter_mut().zip(l).enumerate() {
+        if t % TILE == 0 || documents.start(b, t) == t {
+            sum = 0.0;
         }
+        *dt = clamp(inputs, softplus(inputs, with_bias(inputs, h, *dt)));
+        sum += A.as_f64() * dt.as_f64();
+        *l = sum;
     }
 }
 
@@ -239,13 +249,16 @@ fn add_intra_tile<T: Real>(y: &mut [T], m: &[T], x: &[T], D: Option<&[T]>, n: us
     let headdim = x.len() / n;
     matmul(y, T::one(), Mat::new(m, n, n), Mat::new(x, n, headdim));
     if let Some(D) = D {
-        simd(|| {
-            for (y, x) in y.chunks_exact_mut(headdim).zip(x.chunks_exact(headdim)) {
-                for ((y, &x), &D) in y.iter_mut().zip(x).zip(D) {
-                    *y += D * x;
+        simd(
+            #[inline(always)]
+            || {
+                for (y, x) in y.chunks_exact_mut(headdim).zip(x.chunks_exact(headdim)) {
+                    for ((y, &x), &D) in y.iter_mut().zip(x).zip(D) {
+                        *y += D * x;
+                    }
                 }
-            }
-        });
+            },
+        );
     }
 }
 
@@ -294,31 +307,45 @@ fn forward_head<T: Real>(
     for tile in 0..shared.ntiles {
         let (B, C, CB) = shared.group(b, h / shared.dims.heads_per_group(), tile);
         let at = [b, tile * TILE, h, 0];
-        let decays = simd(|| shared.decays(b, h, tile));
+        let decays = simd(
+            #[inline(always)]
+            || shared.decays(b, h, tile),
+        );
         let n = decays.n;
         let (x, y) = (&mut x[..n * headdim], &mut y[..n * headdim]);
-        simd(|| {
-            inputs.x.load_tile(at, (1, n), (3, headdim), x);
-            decay_matrix(&decays, &mut m);
-            for (m, CB) in m.chunks_exact_mut(n).zip(CB.chunks_exact(n)).take(n) {
-                for ((m, &CB), &dt) in m.iter_mut().zip(CB).zip(&decays.dt) {
-                    *m *= CB * dt;
+        simd(
+            #[inline(always)]
+            || {
+                inputs.x.load_tile(at, (1, n), (3, headdim), x);
+                decay_matrix(&decays, &mut m);
+                for t in 0..n {
+                    let row = t * n + decays.first[t]..t * n + t + 1;
+                    let dt = &decays.dt[decays.first[t]..];
+                    for ((m, &CB), &dt) in m[row.clone()].iter_mut().zip(&CB[row]).zip(dt) {
+                        *m *= CB * dt;
+                    }
                 }
-            }
-        });
+            },
+        );
         matmul(y, T::zero(), Mat::new(C, n, dstate), Mat::new(&state, headdim, dstate).t());
-        simd(|| scale_rows(y, headdim, &decays.u));
+        simd(
+            #[inline(always)]
+            || scale_rows(y, headdim, &decays.u),
+        );
         add_intra_tile(y, &m, x, D.as_deref(), n);
-        simd(|| {
-            if let Some(gate) = &inputs.z {
-                let z = &mut z[..n * headdim];
-                gate.load_tile(at, (1, n), (3, headdim), z);
-                for (y, z) in y.iter_mut().zip(z) {
-                    *y *= z.silu();
+        simd(
+            #[inline(always)]
+            || {
+                if let Some(gate) = &inputs.z {
+                    let z = &mut z[..n * headdim];
+                    gate.load_tile(at, (1, n), (3, headdim), z);
+                    for (y, z) in y.iter_mut().zip(z) {
+                        *y *= z.silu();
+                    }
                 }
-            }
-            out.store_tile(at, (1, n), (3, headdim), y);
-        });
+                out.store_tile(at, (1, n), (3, headdim), y);
+            },
+        );
         carry_state(&mut state, x, B, &decays);
     }
     if let Some(final_states) = final_states {
@@ -330,13 +357,16 @@ fn forward_head<T: Real>(
 fn carry_state<T: Real>(state: &mut [T], x: &mut [T], B: &[T], decays: &Decays<T>) {
     let n = decays.n;
     let (headdim, dstate) = (x.len() / n, B.len() / TILE);
-    simd(|| {
-        for (t, row) in x.chunks_exact_mut(headdim).enumerate() {
-            for value in row {
-                *value *= decays.dt[t] * decays.w[t];
+    simd(
+        #[inline(always)]
+        || {
+            for (t, row) in x.chunks_exact_mut(headdim).enumerate() {
+                for value in row {
+                    *value *= decays.dt[t] * decays.w[t];
+                }
             }
-        }
-    });
+        },
+    );
     matmul(state, decays.g, Mat::new(x, n, headdim).t(), Mat::new(B, n, dstate));
 }
 
@@ -396,16 +426,7 @@ pub fn backward<T: Real>(inputs: &SsdInputs, gradients: &SsdGradients) {
     partials.par_chunks_mut(heads * per_head).enumerate().with_max_len(1).for_each(
         |(index, partials)| {
             let (bg, tile) = (index / ntiles, index % ntiles);
-            backward_tile(
-                &shared,
-                gradients,
-                &H,
-                &G,
-                bg / ngroups,
-                bg % ngroups,
-                tile,
-                partials,
-            );
+            backward_tile(&shared, gradients, &H, &G, bg / ngroups, bg % ngroups, tile, partials);
         },
     );
     for h in 0..nheads {
@@ -452,10 +473,16 @@ fn walk_states<T: Real>(
     let mut state = first_state(inputs, b, h);
     for tile in 0..shared.ntiles {
         H[tile * state_size..][..state_size].copy_from_slice(&state);
-        let decays = simd(|| shared.decays(b, h, tile));
+        let decays = simd(
+            #[inline(always)]
+            || shared.decays(b, h, tile),
+        );
         let x = &mut rows[..decays.n * headdim];
         let at = [b, tile * TILE, h, 0];
-        simd(|| inputs.x.load_tile(at, (1, decays.n), (3, headdim), x));
+        simd(
+            #[inline(always)]
+            || inputs.x.load_tile(at, (1, decays.n), (3, headdim), x),
+        );
         carry_state(&mut state, x, shared.group(b, group, tile).0, &decays);
     }
 
@@ -465,13 +492,19 @@ fn walk_states<T: Real>(
     }
     for tile in (0..shared.ntiles).rev() {
         G[tile * state_size..][..state_size].copy_from_slice(&state);
-        let decays = simd(|| shared.decays(b, h, tile));
+        let decays = simd(
+            #[inline(always)]
+            || shared.decays(b, h, tile),
+        );
         let n = decays.n;
         let dy = &mut rows[..n * headdim];
-        simd(|| {
-            load_dy(inputs, gradients, [b, tile * TILE, h, 0], dy, &mut z);
-            scale_rows(dy, headdim, &decays.u);
-        });
+        simd(
+            #[inline(always)]
+            || {
+                load_dy(inputs, gradients, [b, tile * TILE, h, 0], dy, &mut z);
+                scale_rows(dy, headdim, &decays.u);
+            },
+        );
         let C = shared.group(b, group, tile).1;
         matmul(&mut state, decays.g, Mat::new(dy, n, headdim).t(), Mat::new(C, n, dstate));
     }
@@ -510,106 +543,147 @@ fn backward_tile<T: Real>(
         let (H, G) = (&H[state..][..headdim * dstate], &G[state..][..headdim * dstate]);
         let H_mat = Mat::new(H, headdim, dstate);
         let D = skip_weights::<T>(inputs, h);
-        let decays = simd(|| shared.decays(b, h, tile));
-        simd(|| {
-            inputs.x.load_tile(at, (1, n), (3, headdim), &mut x);
-            load_dy(inputs, gradients, at, &mut dy, &mut z);
-            decay_matrix(&decays, &mut P);
-        });
+        let decays = simd(
+            #[inline(always)]
+            || shared.decays(b, h, tile),
+        );
+        simd(
+            #[inline(always)]
+            || {
+                inputs.x.load_tile(at, (1, n), (3, headdim), &mut x);
+                load_dy(inputs, gradients, at, &mut dy, &mut z);
+                decay_matrix(&decays, &mut P);
+            },
+        );
         let (X, dY) = (Mat::new(&x, n, headdim), Mat::new(&dy, n, headdim));
         matmul(&mut dM, T::zero(), dY, X.t());
 
         // One sweep turns L into P = CB o L, dM into M = P dt (for Y), and leaves dCB and the sums of K.
         let mut dl = [0.0; TILE];
-        simd(|| {
-            for t in 0..n {
-                let row = t * n + decays.first[t]..t * n + t + 1;
-                let tokens = decays.first[t]..t + 1;
-                let (P, dM, dCB, CB) =
-                    (&mut P[row.clone()], &mut dM[row.clone()], &mut dCB[row.clone()], &CB[row]);
-                let K = &mut line[tokens.clone()];
-                let dt = &decays.dt[tokens.clone()];
-                for i in 0..P.len() {
-                    let weighted = P[i] * dt[i];
-                    dCB[i] += dM[i] * weighted;
-                    P[i] *= CB[i];
-                    K[i] = dM[i] * (CB[i] * weighted);
+        simd(
+            #[inline(always)]
+            || {
+                for t in 0..n {
+                    let row = t * n + decays.first[t]..t * n + t + 1;
+                    let tokens = decays.first[t]..t + 1;
+                    let (P, dM, dCB, CB) = (
+                        &mut P[row.clone()],
+                        &mut dM[row.clone()],
+                        &mut dCB[row.clone()],
+                        &CB[row],
+                    );
+                    let K = &mut line[tokens.clone()];
+                    let dt = &decays.dt[tokens.clone()];
+                    for i in 0..P.len() {
+                        let weighted = P[i] * dt[i];
+                        dCB[i] += dM[i] * weighted;
+                        P[i] *= CB[i];
+                        K[i] = dM[i] * (CB[i] * weighted);
+                    }
+                    // The diagonal does not depend on the decay.
+                    let (_, K) = K.split_last().expect("a row holds its own token");
+                    let mut row_sum = 0.0;
+                    for (dl, K) in dl[tokens].iter_mut().zip(K) {
+                        *dl -= K.as_f64();
+                        row_sum += K.as_f64();
+                    }
+                    dl[t] += row_sum;
                 }
-                // The diagonal does not depend on the decay.
-                let (_, K) = K.split_last().expect("a row holds its own token");
-                let mut row_sum = 0.0;
-                for (dl, K) in dl[tokens].iter_mut().zip(K) {
-                    *dl -= K.as_f64();
-                    row_sum += K.as_f64();
-                }
-                dl[t] += row_sum;
-            }
-        });
+            },
+        );
 
         if let (Some(dz), Some(_)) = (&gradients.dz, &inputs.z) {
             let y = &mut rows;
             matmul(y, T::zero(), Mat::new(C, n, dstate), H_mat.t());
             let M = &mut dM;
-            simd(|| {
-                scale_rows(y, headdim, &decays.u);
-                for (M, P) in M.chunks_exact_mut(n).zip(P.chunks_exact(n)) {
-                    for ((M, &P), &dt) in M.iter_mut().zip(P).zip(&decays.dt) {
-                        *M = P * dt;
+            simd(
+                #[inline(always)]
+                || {
+                    scale_rows(y, headdim, &decays.u);
+                    for (M, P) in M.chunks_exact_mut(n).zip(P.chunks_exact(n)) {
+                        for ((M, &P), &dt) in M.iter_mut().zip(P).zip(&decays.dt) {
+                            *M = P * dt;
+                        }
                     }
-                }
-            });
+                },
+            );
             add_intra_tile(y, M, &x, D.as_deref(), n);
-            simd(|| {
-                let dout = &mut E;
-                match &gradients.dout {
-                    Some(view) => view.load_tile(at, (1, n), (3, headdim), dout),
-                    None => dout.fill(T::zero()),
-                }
-                for ((y, &dout), z) in y.iter_mut().zip(dout.iter()).zip(&z) {
-                    *y = *y * dout * z.silu_grad();
-                }
-                dz.store_tile(at, (1, n), (3, headdim), y);
-            });
+            simd(
+                #[inline(always)]
+                || {
+                    let dout = &mut E;
+                    match &gradients.dout {
+                        Some(view) => view.load_tile(at, (1, n), (3, headdim), dout),
+                        None => dout.fill(T::zero()),
+                    }
+                    for ((y, &dout), z) in y.iter_mut().zip(dout.iter()).zip(&z) {
+                        *y = *y * dout * z.silu_grad();
+                    }
+                    dz.store_tile(at, (1, n), (3, headdim), y);
+                },
+            );
         }
 
         // dC, and r: what l gives through the entering state.
-        simd(|| scaled_rows(&mut rows, &dy, headdim, |t| decays.u[t]));
+        simd(
+            #[inline(always)]
+            || scaled_rows(&mut rows, &dy, headdim, |t| decays.u[t]),
+        );
         matmul(&mut uDyH, T::zero(), Mat::new(&rows, n, headdim), H_mat);
-        simd(|| {
-            let tokens = uDyH.chunks_exact(dstate).zip(C.chunks_exact(dstate));
-            for (dl, (uDyH, C)) in dl.iter_mut().zip(tokens) {
-                *dl += dot(uDyH, C).as_f64();
-            }
-            for (dC, &uDyH) in dC.iter_mut().zip(&uDyH) {
-                *dC += uDyH;
-            }
-            scaled_rows(&mut rows, &x, headdim, |t| decays.dt[t] * decays.w[t]);
-        });
+        simd(
+            #[inline(always)]
+            || {
+                let tokens = uDyH.chunks_exact(dstate).zip(C.chunks_exact(dstate));
+                for (dl, (uDyH, C)) in dl.iter_mut().zip(tokens) {
+                    *dl += dot(uDyH, C).as_f64();
+                }
+                for (dC, &uDyH) in dC.iter_mut().zip(&uDyH) {
+                    *dC += uDyH;
+                }
+                scaled_rows(&mut rows, &x, headdim, |t| decays.dt[t] * decays.w[t]);
+            },
+        );
         let G_mat = Mat::new(G, headdim, dstate);
         matmul(&mut dB, T::one(), Mat::new(&rows, n, headdim), G_mat);
 
         matmul(&mut E, T::zero(), Mat::new(B, n, dstate), G_mat.t());
         let mut q = [0.0; TILE];
-        simd(|| {
-            scale_rows(&mut E, headdim, &decays.w);
-            for (t, (E, x)) in E.chunks_exact(headdim).zip(x.chunks_exact(headdim)).enumerate() {
-                q[t] = (decays.dt[t] * dot(E, x)).as_f64();
-            }
-        });
+        simd(
+            #[inline(always)]
+            || {
+                scale_rows(&mut E, headdim, &decays.w);
+                for (t, (E, x)) in E.chunks_exact(headdim).zip(x.chunks_exact(headdim)).enumerate()
+                {
+                    q[t] = (decays.dt[t] * dot(E, x)).as_f64();
+                }
+            },
+        );
         matmul(&mut E, T::one(), Mat::new(&P, n, n).t(), dY);
 
-        // da from what each l[t] gave: l[t] sums a up to t; w and g also hold the sum over the whole tile.
+        // da from what each l[t] gave: l[t] sums a from its document's start (or the tile's) up to t; w and g also hold
+        // the sum over all of the last document.
         let mut da = [0.0; TILE];
         let mut suffix = 0.0;
         for t in (0..n).rev() {
             suffix += dl[t];
             da[t] = suffix;
+            if decays.first[t] == t {
+                suffix = 0.0;
+            }
         }
         let mut prefix = 0.0;
         if decays.g != T::zero() {
-            prefix = (decays.g * simd(|| dot(G, H))).as_f64();
+            prefix = (decays.g
+                * simd(
+                    #[inline(always)]
+                    || dot(G, H),
+                ))
+            .as_f64();
         }
         for t in 0..n {
+            if t > 0 && decays.first[t] == t {
+                prefix = 0.0;
+            }
             da[t] += prefix;
             prefix += q[t];
         }
@@ -619,27 +693,30 @@ fn backward_tile<T: Real>(
         inputs.dt.load_line([b, tile * TILE, h], 1, &mut raw[..n]);
         let (dA, rest) = partial.split_first_mut().expect("partials hold dA");
         let (ddt_bias, dD) = rest.split_first_mut().expect("partials hold ddt_bias");
-        simd(|| {
-            for (t, E) in E.chunks_exact_mut(headdim).enumerate() {
-                let tokens = t * headdim..(t + 1) * headdim;
-                let (x, dy) = (&x[tokens.clone()], &dy[tokens]);
-                let ddt = dot(E, x).as_f64() + A.as_f64() * da[t];
-                let ddt = ddt * discretize_grad(inputs, h, raw[t]).as_f64();
-                line[t] = T::from_f64(ddt);
-                *dA += decays.dt[t].as_f64() * da[t];
-                *ddt_bias += ddt;
-                for value in E.iter_mut() {
-                    *value *= decays.dt[t];
-                }
-                if let Some(D) = &D {
-                    for (i, value) in E.iter_mut().enumerate() {
-                        *value += D[i] * dy[i];
-                        dD[i] += (dy[i] * x[i]).as_f64();
+        simd(
+            #[inline(always)]
+            || {
+                for (t, E) in E.chunks_exact_mut(headdim).enumerate() {
+                    let tokens = t * headdim..(t + 1) * headdim;
+                    let (x, dy) = (&x[tokens.clone()], &dy[tokens]);
+                    let ddt = dot(E, x).as_f64() + A.as_f64() * da[t];
+                    let ddt = ddt * discretize_grad(inputs, h, raw[t]).as_f64();
+                    line[t] = T::from_f64(ddt);
+                    *dA += decays.dt[t].as_f64() * da[t];
+                    *ddt_bias += ddt;
+                    for value in E.iter_mut() {
+                        *value *= decays.dt[t];
+                    }
+                    if let Some(D) = &D {
+                        for (i, value) in E.iter_mut().enumerate() {
+                            *value += D[i] * dy[i];
+                            dD[i] += (dy[i] * x[i]).as_f64();
+                        }
                     }
                 }
-            }
-            gradients.dx.store_tile(at, (1, n), (3, headdim), &E);
-        });
+                gradients.dx.store_tile(at, (1, n), (3, headdim), &E);
+            },
+        );
         gradients.ddt.store_line([b, tile * TILE, h], 1, &line[..n]);
     }
 

@@ -72,8 +72,7 @@ pub fn causal_conv1d_forward(
 ) -> PyResult<()> {
     run(py, |threads| {
         let check = Checker::new("x", &x)?;
-        let (bias, seq_idx, initial) =
-            (bias.as_ref(), seq_idx.as_ref(), initial_states.as_ref());
+        let (bias, seq_idx, initial) = (bias.as_ref(), seq_idx.as_ref(), initial_states.as_ref());
         let inputs = ConvInputs::new(&check, &x, &weight, bias, seq_idx, initial, silu)?;
         let out = check.same("out", &out, inputs.dims.x())?;
         let final_states = final_states
@@ -108,8 +107,7 @@ pub fn causal_conv1d_backward(
 ) -> PyResult<()> {
     run(py, |threads| {
         let check = Checker::new("x", &x)?;
-        let (bias, seq_idx, initial) =
-            (bias.as_ref(), seq_idx.as_ref(), initial_states.as_ref());
+        let (bias, seq_idx, initial) = (bias.as_ref(), seq_idx.as_ref(), initial_states.as_ref());
         let inputs = ConvInputs::new(&check, &x, &weight, bias, seq_idx, initial, silu)?;
         let dims = inputs.dims;
         let gradients = ConvGradients {

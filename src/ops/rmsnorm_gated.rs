@@ -27,7 +27,12 @@ pub struct NormGradients {
     pub dz: Option<Rows>,
 }
 
-fn same_rows(check: &Checker, arg: &'static str, tensor: &TensorArg, dims: &NormDims) -> Result<Rows> {
+fn same_rows(
+    check: &Checker,
+    arg: &'static str,
+    tensor: &TensorArg,
+    dims: &NormDims,
+) -> Result<Rows> {
     check.expect_same(arg, tensor)?;
     tensor.rows(arg, &dims.shape)
 }

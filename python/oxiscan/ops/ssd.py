@@ -46,10 +46,11 @@ class _ChunkScan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dfinal_states: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, dt, A, B, C, D, z, dt_bias, initial_states, _ = ctx.saved_tensors
+        tensors = ctx.saved_tensors  # once: activation checkpointing unpacks each tensor a single time
+        x, dt, A, B, C, D, z, dt_bias, initial_states, _ = tensors
         gradients = tuple(torch.empty_like(t) for t in (x, dt, A, B, C))
         gradients += tuple(empty_like(t) for t in (D, z, dt_bias, initial_states))
-        _C.ssd_backward(*ctx.saved_tensors, *ctx.options, dout, dfinal_states, *gradients)
+        _C.ssd_backward(*tensors, *ctx.options, dout, dfinal_states, *gradients)
         return *gradients, None, None, None, None
 
 

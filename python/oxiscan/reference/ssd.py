@@ -59,7 +59,7 @@ def mamba_chunk_scan_combined(
         if starts is not None:
             state = torch.where(starts[:, t, None, None, None], 0.0, state)
         state = decay[:, t, :, None, None] * state + xdt[:, t, :, :, None] * B[:, t, :, None, :]
-        rows.append(torch.matmul(state, C[:, t, :, :, None]).squeeze(-1))
+        rows.append((state * C[:, t, :, None, :]).sum(-1))
     y = torch.stack(rows, dim=1) if rows else torch.zeros_like(x_acc)
     if D is not None:
         y = y + x_acc * (D if D.dim() == 2 else D[:, None]).to(dtype)

@@ -18,5 +18,5 @@ def state_passing(states: Tensor, decay: Tensor, initial_states: Tensor | None =
     for c in range(nchunks):
         before.append(state)
         state = torch.exp(decay[:, c].to(dtype))[..., None, None] * state + states[:, c].to(dtype)
-    states_before = torch.stack(before, dim=1).to(states.dtype) if before else torch.empty_like(states)
+    states_before = torch.stack(before, dim=1).to(states.dtype) if before else states.clone()
     return states_before, state

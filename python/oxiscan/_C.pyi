@@ -1,0 +1,140 @@
+"""The compiled module. Outputs are tensors that the caller allocates; None stands for what is not asked for."""
+
+from typing import TypedDict
+
+from torch import Tensor
+
+class _BuildInfo(TypedDict):
+    version: str
+    backends: list[str]
+    simd: str
+    profile: str
+
+def build_info() -> _BuildInfo: ...
+def _panic(message: str, worker: bool = False) -> None: ...
+def causal_conv1d_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seq_idx: Tensor | None,
+    initial_states: Tensor | None,
+    silu: bool,
+    out: Tensor,
+    final_states: Tensor | None,
+) -> None: ...
+def causal_conv1d_backward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seq_idx: Tensor | None,
+    initial_states: Tensor | None,
+    silu: bool,
+    dout: Tensor | None,
+    dfinal_states: Tensor | None,
+    dx: Tensor,
+    dweight: Tensor,
+    dbias: Tensor | None,
+    dinitial_states: Tensor | None,
+) -> None: ...
+def causal_conv1d_update(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu: bool,
+    out: Tensor,
+) -> None: ...
+def rmsnorm_gated_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None,
+    eps: float,
+    group_size: int | None,
+    norm_before_gate: bool,
+    out: Tensor,
+) -> None: ...
+def rmsnorm_gated_backward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None,
+    eps: float,
+    group_size: int | None,
+    norm_before_gate: bool,
+    dout: Tensor,
+    dx: Tensor,
+    dweight: Tensor,
+    dbias: Tensor | None,
+    dz: Tensor | None,
+) -> None: ...
+def selective_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    out: Tensor,
+) -> None: ...
+def ssd_forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    out: Tensor,
+    final_states: Tensor | None,
+) -> None: ...
+def ssd_backward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    dout: Tensor | None,
+    dfinal_states: Tensor | None,
+    dx: Tensor,
+    ddt: Tensor,
+    dA: Tensor,
+    dB: Tensor,
+    dC: Tensor,
+    dD: Tensor | None,
+    dz: Tensor | None,
+    ddt_bias: Tensor | None,
+    dinitial_states: Tensor | None,
+) -> None: ...
+def state_passing_forward(
+    states: Tensor,
+    decay: Tensor,
+    initial_states: Tensor | None,
+    states_before: Tensor,
+    final_states: Tensor,
+) -> None: ...
+def state_passing_backward(
+    states_before: Tensor,
+    decay: Tensor,
+    dstates_before: Tensor | None,
+    dfinal_states: Tensor | None,
+    dstates: Tensor,
+    ddecay: Tensor,
+    dinitial_states: Tensor | None,
+) -> None: ...

@@ -1,0 +1,106 @@
+"""Comparing an op with its reference: the measure, the tolerances and one function that runs both.
+
+    compare(oxiscan.rmsnorm_gated, oxiscan.reference.rmsnorm_gated, {"x": x, "weight": weight}, {"eps": 1e-5})
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Allowed relative RMS error against the float64 reference, (outputs, gradients), by the dtype of the inputs.
+#: float64: a few hundred roundings of 1e-16, amplified by cancellation. float32: sums of some hundred terms of 6e-8
+#: each, with the decay sums in float64; gradients pass through about twice as many. bfloat16 and float16: the result is
+#: rounded once (2e-3 and 3e-4 RMS), intermediate results that are tensors themselves once more each.
+TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
+    torch.float64: (1e-10, 1e-9),
+    torch.float32: (2e-5, 1e-4),
+    torch.bfloat16: (1.2e-2, 2.5e-2),
+    torch.float16: (3e-3, 8e-3),
+}
+
+
+def relative_rms(actual: Tensor, expected: Tensor) -> float:
+    """RMS of actual - expected over RMS of expected, in float64. Zero where both are zero, NaN where either has one."""
+    error = (actual.double() - expected.double()).norm()
+    return 0.0 if error == 0 else float(error / expected.double().norm())
+
+
+def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Raise AssertionError naming `name` unless shapes agree and the relative RMS error is within `tolerance`."""
+    if actual.shape != expected.shape:
+        raise AssertionError(f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}")
+    error = relative_rms(actual, expected)
+    if not error <= tolerance:
+        raise AssertionError(f"{name}: relative RMS error {error:.3g}, allowed {tolerance:.3g}")
+
+
+def run(
+    op: Callable[..., Any],
+    tensors: dict[str, Tensor],
+    options: dict[str, Any],
+    output_gradients: list[Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Run `op(**tensors, **options)` forward and backward.
+
+    Args:
+        tensors: the tensor arguments. A gradient is taken for each floating one.
+        output_gradients: one for each output; seeded random ones if left out.
+
+    Returns:
+        Outputs as "out0", "out1", ..., gradients as "d" + name.
+    """
+    leaves = {k: t.detach().requires_grad_(t.is_floating_point()) for k, t in tensors.items()}
+    result = op(**leaves, **options)
+    outputs = list(result) if isinstance(result, tuple) else [result]
+    if output_gradients is None:
+        generator = torch.Generator().manual_seed(len(outputs))
+        output_gradients = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in outputs]
+    names = [k for k, t in leaves.items() if t.requires_grad]
+    wanted = [leaves[k] for k in names]
+    gradients = torch.autograd.grad(outputs, wanted, output_gradients, allow_unused=True, materialize_grads=True)
+    values = {f"out{i}": t.detach() for i, t in enumerate(outputs)}
+    return values | {f"d{k}": t for k, t in zip(names, gradients, strict=True)}
+
+
+def compare(
+    op: Callable[..., Any],
+    reference: Callable[..., Any],
+    tensors: dict[str, Tensor],
+    options: dict[str, Any],
+    tolerances: dict[str, float] | None = None,
+) -> dict[str, Tensor]:
+    """Run `op` on `tensors` and `reference` on the same values in float64; compare every output and gradient.
+
+    Args:
+        tensors: tensor arguments; the first one's dtype sets the tolerance, for a gradient also its argument's.
+        tolerances: for outputs ("out0") and gradients ("dA") by name, where they differ from `TOLERANCES`.
+
+    Returns:
+        op's outputs and gradients, as `run` names them.
+
+    Raises:
+        AssertionError: naming the output or gradient that is off, or whose dtype is not its argument's.
+    """
+    dtype = next(iter(tensors.values())).dtype
+    actual = run(op, tensors, options)
+    exact = {k: t.double() if t.is_floating_point() else t for k, t in tensors.items()}
+    # The reference is given the output gradients as they were rounded for the op.
+    generator = torch.Generator().manual_seed(sum(k.startswith("out") for k in actual))
+    gradients = [
+        torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t).double()
+        for k, t in actual.items()
+        if k.startswith("out")
+    ]
+    expected = run(reference, exact, options, gradients)
+    for name, value in actual.items():
+        if name.startswith("out"):
+            default = TOLERANCES[dtype][0]
+        else:
+            argument = tensors[name[1:]].dtype
+            if value.dtype != argument:
+                raise AssertionError(f"{name}: {value.dtype}, expected {argument}")
+            default = max(TOLERANCES[dtype][1], TOLERANCES[argument][1])
+        assert_close(name, value, expected[name], (tolerances or {}).get(name, default))
+    return actual

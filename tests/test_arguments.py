@@ -1,0 +1,158 @@
+"""Bad input: an exception that names the argument, what came and what is allowed; nothing is written."""
+
+import inspect
+
+import inputs
+import pytest
+import torch
+
+import oxiscan
+from oxiscan import reference
+
+CPU = torch.device("cpu")
+F32 = {"dtype": torch.float32, "device": CPU}
+
+
+def ssd(**changes):
+    tensors = inputs.ssd(seqlen=6, **F32)
+    options = {"chunk_size": 4}
+    return lambda: oxiscan.mamba_chunk_scan_combined(**tensors | options | changes)
+
+
+def conv(**changes):
+    return lambda: oxiscan.causal_conv1d_fn(**inputs.conv(seqlen=6, dim=5, **F32) | changes)
+
+
+def norm(**changes):
+    return lambda: oxiscan.rmsnorm_gated(**{"x": torch.ones(3, 8), "weight": torch.ones(8)} | changes)
+
+
+def split(**changes):
+    tensors = inputs.split_conv1d_scan(seqlen=6, **F32)
+    return lambda: oxiscan.mamba_split_conv1d_scan_combined(**tensors | {"chunk_size": 4, "ngroups": 2} | changes)
+
+
+def conv_update(**changes):
+    tensors = {"x": torch.ones(2, 5), "conv_state": torch.ones(2, 5, 3), "weight": torch.ones(5, 4)}
+    return lambda: oxiscan.causal_conv1d_update(**tensors | changes)
+
+
+def state_update(**changes):
+    tensors = {
+        "state": torch.ones(2, 4, 3, 6),
+        "x": torch.ones(2, 4, 3),
+        "dt": torch.ones(2, 4, 3),
+        "A": torch.ones(4, 3, 6),
+        "B": torch.ones(2, 2, 6),
+        "C": torch.ones(2, 2, 6),
+    }
+    return lambda: oxiscan.selective_state_update(**tensors | changes)
+
+
+def passing(**changes):
+    tensors = {"states": torch.ones(2, 3, 4, 5, 6), "decay": torch.ones(2, 3, 4)}
+    return lambda: oxiscan.state_passing(**tensors | changes)
+
+
+ERRORS = [
+    (ssd(x=[1.0]), TypeError, "x: got list; allowed: torch.Tensor"),
+    (ssd(dt=[1.0]), TypeError, "dt: got list; allowed: torch.Tensor"),
+    (ssd(x=torch.ones(2, 6, 32)), ValueError, r"x: got shape \(2, 6, 32\); allowed: 4 dimensions \(batch, seqlen"),
+    (ssd(dt=torch.ones(2, 6, 3)), ValueError, r"dt: got shape \(2, 6, 3\); allowed: \(batch, seqlen, nheads\) = \(2, 6"),
+    (ssd(A=torch.ones(4, 1)), ValueError, r"A: got shape \(4, 1\); allowed: \(nheads\) = \(4,\)"),
+    (ssd(B=torch.ones(2, 6, 3, 12)), ValueError, "B: got ngroups = 3; allowed: a divisor of nheads = 4"),
+    (ssd(B=torch.ones(2, 6, 2, 0)), ValueError, "B: got dstate = 0; allowed: dstate >= 1"),
+    (ssd(C=torch.ones(2, 6, 2, 11)), ValueError, r"C: got shape \(2, 6, 2, 11\)"),
+    (ssd(C=torch.ones(2, 6, 2, 12).bfloat16()), TypeError, "C: got bfloat16; allowed: float32"),
+    (ssd(D=torch.ones(8)), ValueError, r"D: got shape \(8,\); allowed: \(nheads\) = \(4,\)"),
+    (ssd(D=torch.ones(4, 9)), ValueError, r"D: got shape \(4, 9\); allowed: \(nheads, headdim\) = \(4, 8\)"),
+    (ssd(z=torch.ones(2, 6, 4, 7)), ValueError, "z: got shape"),
+    (ssd(dt_bias=torch.ones(5)), ValueError, "dt_bias: got shape"),
+    (ssd(dt_bias=torch.ones(4).double()), TypeError, "dt_bias: got float64; allowed: float32"),
+    (ssd(initial_states=torch.ones(1, 4, 8, 12)), ValueError, "initial_states: got shape"),
+    (ssd(seq_idx=torch.zeros(2, 5, dtype=torch.int32)), ValueError, "seq_idx: got shape"),
+    (ssd(seq_idx=torch.zeros(2, 6, dtype=torch.int64)), TypeError, "seq_idx: got torch.int64; allowed: .*int32"),
+    (ssd(seq_idx=torch.zeros(2, 6)), TypeError, "seq_idx: got float32; allowed: int32"),
+    (ssd(dt_limit=(1.0, 0.5)), ValueError, r"dt_limit: got \(1.0, 0.5\); allowed: \(low, high\) with low <= high"),
+    (ssd(chunk_size=0), ValueError, "chunk_size: got 0; allowed: >= 1"),
+    (ssd(cu_seqlens=torch.zeros(2)), NotImplementedError, "cu_seqlens: not supported yet"),
+    (ssd(return_varlen_states=True), NotImplementedError, "return_varlen_states: not supported yet"),
+    (ssd(x=torch.ones(2, 6, 4, 8, dtype=torch.int32)), TypeError, "x: got int32; allowed: float32, float64"),
+    (ssd(x=torch.ones(2, 6, 4, 8, dtype=torch.complex64)), TypeError, "x: got torch.complex64"),
+    (ssd(B=torch.ones(2, 6, 2, 12, device="meta")), ValueError, "B: got a tensor on meta; allowed: the device of x, cpu"),
+    (conv(x=torch.ones(2, 6)), ValueError, r"x: got shape \(2, 6\); allowed: 3 dimensions \(batch, dim, seqlen\)"),
+    (conv(weight=torch.ones(5, 9)), ValueError, "weight: got width = 9; allowed: width from 2 to 8"),
+    (conv(weight=torch.ones(5, 1)), ValueError, "weight: got width = 1; allowed"),
+    (conv(weight=torch.ones(4, 4)), ValueError, r"weight: got shape \(4, 4\); allowed: \(dim, width\) = \(5, 4\)"),
+    (conv(bias=torch.ones(4)), ValueError, "bias: got shape"),
+    (conv(initial_states=torch.ones(2, 5, 4)), ValueError, r"initial_states: got shape \(2, 5, 4\); allowed: \(batch, dim, width"),
+    (conv(activation="gelu"), ValueError, "activation: got 'gelu'; allowed: None"),
+    (conv(cu_seqlens=torch.zeros(2)), NotImplementedError, "cu_seqlens: not supported yet"),
+    (conv(return_final_states=True, final_states_out=torch.ones(2, 5, 2)), ValueError, "final_states_out: got shape"),
+    (norm(weight=torch.ones(7)), ValueError, r"weight: got shape \(7,\); allowed: \(dim\) = \(8,\)"),
+    (norm(z=torch.ones(3, 7)), ValueError, r"z: got shape \(3, 7\); allowed: \(3, 8\)"),
+    (norm(z=torch.ones(3, 8).half()), TypeError, "z: got float16; allowed: float32"),
+    (norm(group_size=3), ValueError, "group_size: got 3; allowed: a divisor of dim = 8"),
+    (norm(group_size=0), ValueError, "group_size: got 0; allowed"),
+    (norm(eps=-1.0), ValueError, "eps: got -1; allowed: eps >= 0"),
+    (norm(x=torch.ones([1] * 8 + [8])), TypeError, "x: got 9 dimensions; allowed: at most 8"),
+    (norm(x=torch.tensor(1.0)), ValueError, r"x: got shape \(\); allowed: \(..., dim\)"),
+    (split(zxbcdt=torch.ones(2, 6, 7)), ValueError, "zxbcdt: got 7 channels; allowed: 2 dim"),
+    (split(zxbcdt=torch.ones(2, 6, 118)), NotImplementedError, "zxbcdt: got 118 channels, 10 more than"),
+    (split(D=torch.ones(4)), ValueError, "headdim: got None with D of shape"),
+    (split(ngroups=3), ValueError, "ngroups: got 3; allowed: a divisor of nheads = 4"),
+    (split(conv1d_weight=torch.ones(70, 4)), ValueError, "conv1d_weight: got 70 channels; allowed: dim"),
+    (split(outproj_bias=torch.ones(5)), ValueError, "outproj_bias: got a tensor without outproj_weight"),
+    (split(cu_seqlens=torch.zeros(2)), NotImplementedError, "cu_seqlens: not supported yet"),
+    (conv_update(x=torch.ones(2, 5, 2)), NotImplementedError, "x: got 2 tokens; allowed: one token"),
+    (conv_update(conv_state=torch.ones(2, 5, 2)), ValueError, "conv_state: got state_len = 2; allowed: state_len >= width - 1 = 3"),
+    (conv_update(conv_state=torch.ones(1, 5, 3).expand(2, 5, 3)), ValueError, "conv_state: got strides"),
+    (conv_update(conv_state=torch.ones(2, 5, 3).half()), TypeError, "conv_state: got float16; allowed: float32"),
+    (conv_update(conv_state_indices=torch.zeros(2)), NotImplementedError, "conv_state_indices: not supported yet"),
+    (conv_update(cache_seqlens=torch.zeros(2)), NotImplementedError, "cache_seqlens: not supported yet"),
+    (state_update(x=torch.ones(2, 1, 4, 3)), NotImplementedError, "x: got 4 dimensions"),
+    (state_update(A=torch.ones(4, 3, 5)), ValueError, "A: got shape"),
+    (state_update(B=torch.ones(2, 3, 6)), ValueError, "B: got ngroups = 3; allowed: a divisor of nheads = 4"),
+    (state_update(state=torch.ones(2, 4, 3)), ValueError, "state: got shape"),
+    (state_update(state=torch.ones(1, 4, 3, 6).expand(2, 4, 3, 6)), ValueError, "state: got strides"),
+    (state_update(state_batch_indices=torch.zeros(2)), NotImplementedError, "state_batch_indices: not supported yet"),
+    (passing(states=torch.ones(2, 3, 4, 5)), ValueError, "states: got shape"),
+    (passing(decay=torch.ones(2, 3, 5)), ValueError, "decay: got shape"),
+    (passing(decay=torch.ones(2, 3, 4).half()), TypeError, "decay: got float16; allowed: float32"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "message"), ERRORS, ids=[message for _, _, message in ERRORS])
+def test_errors_name_the_argument(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_a_device_without_a_backend_is_named():
+    with pytest.raises(NotImplementedError, match="x: got a tensor on meta; allowed: cpu"):
+        oxiscan.rmsnorm_gated(torch.ones(3, 8, device="meta"), torch.ones(8, device="meta"))
+
+
+def test_a_refused_step_leaves_its_state_alone():
+    state = torch.ones(2, 4, 3, 6)
+    with pytest.raises(ValueError, match="C: got shape"):
+        state_update(state=state, C=torch.ones(2, 2, 5))()
+    assert (state == 1).all()
+    conv_state = torch.ones(2, 5, 3)
+    with pytest.raises(ValueError, match="bias: got shape"):
+        conv_update(conv_state=conv_state, bias=torch.ones(6))()
+    assert (conv_state == 1).all()
+
+
+def test_a_lazily_negated_view_is_refused():
+    negated = torch.imag(torch.conj(torch.ones(3, 8, dtype=torch.complex64) * 1j))
+    assert negated.is_neg()
+    with pytest.raises(TypeError, match="x: got a lazily negated view; allowed: tensor.resolve_neg"):
+        oxiscan.rmsnorm_gated(negated, torch.ones(8))
+
+
+@pytest.mark.parametrize("name", oxiscan.ops.__all__)
+def test_reference_takes_the_same_arguments(name):
+    op, twin = getattr(oxiscan.ops, name), getattr(reference, name)
+    parameters = [list(inspect.signature(f).parameters.items()) for f in (op, twin)]
+    assert parameters[0] == parameters[1]

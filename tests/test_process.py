@@ -1,0 +1,97 @@
+"""Threads, forks, panics and the command line."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+
+import inputs
+import pytest
+import torch
+
+import oxiscan
+from oxiscan import _C
+
+CPU = torch.device("cpu")
+
+
+def scan():
+    torch.manual_seed(0)
+    tensors = inputs.ssd(dtype=torch.float32, device=CPU)
+    return oxiscan.mamba_chunk_scan_combined(**tensors, chunk_size=32)
+
+
+def thread_names():
+    return [open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads through /proc")
+def test_threads_follow_torch():
+    code = (
+        "import torch, oxiscan, sys; sys.path.insert(0, sys.argv[1]); import test_process as t;"
+        "torch.set_num_threads(3); t.scan(); print(sum(n.startswith('oxiscan') for n in t.thread_names()));"
+        "torch.set_num_threads(5); t.scan(); print(sum(n.startswith('oxiscan') for n in t.thread_names()))"
+    )
+    command = [sys.executable, "-c", code, os.path.dirname(__file__)]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.split() == ["3", "8"]
+
+
+def test_calls_from_several_threads_at_once():
+    expected = scan()
+    tensors = inputs.ssd(dtype=torch.float32, device=CPU)
+    torch.manual_seed(0)
+    tensors = inputs.ssd(dtype=torch.float32, device=CPU)
+    results = [None] * 8
+
+    def work(i):
+        results[i] = oxiscan.mamba_chunk_scan_combined(**tensors, chunk_size=32)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(len(results))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert all(torch.equal(result, expected) for result in results)
+
+
+def child(queue):
+    # numpy, as sharing a tensor between processes needs more than a queue.
+    queue.put(scan().numpy())
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_child_computes_too():
+    expected = scan()  # starts the parent's threads, which the child will not have
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    process = context.Process(target=child, args=(queue,))
+    process.start()
+    result = queue.get(timeout=60)
+    process.join(timeout=60)
+    assert process.exitcode == 0
+    assert torch.equal(torch.from_numpy(result), expected)
+
+
+def test_a_panic_is_an_exception():
+    with pytest.raises(RuntimeError, match="internal error, please report it: on purpose"):
+        _C._panic("on purpose")
+    assert scan().isfinite().all()
+
+
+def test_a_panic_in_a_worker_thread_is_an_exception():
+    with pytest.raises(RuntimeError, match="internal error, please report it: in a worker"):
+        _C._panic("in a worker", worker=True)
+    assert scan().isfinite().all()
+
+
+def test_info():
+    command = [sys.executable, "-m", "oxiscan.info"]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert f"oxiscan         {oxiscan.__version__}" in text and "cpu threads" in text
+    info = json.loads(subprocess.run([*command, "--json"], check=True, capture_output=True, text=True).stdout)
+    assert info["oxiscan"] == oxiscan.__version__
+    assert info["torch"] == torch.__version__
+    assert info["backends"] == ["cpu"]
+    assert isinstance(info["gpus"], list) and info["cpu_threads"] >= 1

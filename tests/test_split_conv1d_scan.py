@@ -1,0 +1,141 @@
+"""mamba_split_conv1d_scan_combined."""
+
+import inputs
+import pytest
+import torch
+
+import oxiscan
+from oxiscan import reference
+from oxiscan.testing import TOLERANCES, assert_close, compare, relative_rms, run
+
+OP, REFERENCE = oxiscan.mamba_split_conv1d_scan_combined, reference.mamba_split_conv1d_scan_combined
+OPTIONS = {"chunk_size": 32, "ngroups": 2, "return_final_states": True, "return_final_conv_states": True}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("norm_before_gate", [False, True])
+@pytest.mark.parametrize("seq_idx", [False, True])
+def test_float64_and_float32(dtype, norm, norm_before_gate, seq_idx, device):
+    tensors = inputs.split_conv1d_scan(norm=norm, seq_idx=seq_idx, dtype=dtype, device=device)
+    compare(OP, REFERENCE, tensors, OPTIONS | {"norm_before_gate": norm_before_gate})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("norm_before_gate", [False, True])
+def test_half_precision(dtype, norm, norm_before_gate, device):
+    # The convolution's and the scan's results are tensors of x's dtype, so gradients that are small sums of large
+    # terms lose more than one rounding. The bound there is what the same roundings cost in plain torch.
+    tensors = inputs.split_conv1d_scan(norm=norm, dtype=dtype, parameters=torch.float32, device=device)
+    options = OPTIONS | {"norm_before_gate": norm_before_gate}
+    rounded = run(REFERENCE, tensors, options)
+    exact = run(REFERENCE, {k: t.double() for k, t in tensors.items()}, options)
+    bounds = {
+        name: max(TOLERANCES[dtype][0 if name.startswith("out") else 1], 1.15 * relative_rms(value, exact[name]))
+        for name, value in rounded.items()
+    }
+    compare(OP, REFERENCE, tensors, options, bounds)
+
+
+@pytest.mark.parametrize("seqlen", [0, 1, 2, 3, 64, 65])
+def test_seqlen(seqlen, device):
+    compare(OP, REFERENCE, inputs.split_conv1d_scan(seqlen=seqlen, dtype=torch.float64, device=device), OPTIONS)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_output_projection(norm, device):
+    tensors = inputs.split_conv1d_scan(norm=norm, outproj=True, dtype=torch.float64, device=device)
+    compare(OP, REFERENCE, tensors, OPTIONS)
+
+
+def test_output_projection_follows_autocast(device):
+    tensors = inputs.split_conv1d_scan(outproj=True, dtype=torch.float32, device=device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        out = OP(**tensors, chunk_size=32, ngroups=2)
+    assert out.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("options", [{"activation": None}, {"dt_limit": (0.1, 1.0)}, {"rmsnorm_eps": 0.1}])
+def test_options(options, device):
+    tensors = inputs.split_conv1d_scan(norm=True, dtype=torch.float64, device=device)
+    compare(OP, REFERENCE, tensors, OPTIONS | options)
+
+
+def test_D_by_head_and_no_states(device):
+    tensors = inputs.split_conv1d_scan(states=False, dtype=torch.float64, device=device)
+    tensors["D"] = tensors["D"][:, 0].clone()
+    del tensors["conv1d_bias"]
+    options = {"chunk_size": 32, "ngroups": 2, "headdim": 8, "conv1d_bias": None}
+    result = compare(OP, REFERENCE, tensors, options)
+    assert list(result)[:1] == ["out0"] and "out1" not in result
+
+
+def test_seqlen_first_in_memory_needs_no_copy_and_gives_the_same(device):
+    tensors = inputs.split_conv1d_scan(norm=True, dtype=torch.float64, device=device)
+    gradient = torch.randn(2, 75, 32, dtype=torch.float64, device=device)
+    options = {"chunk_size": 32, "ngroups": 2}
+    dense = run(OP, tensors, options, [gradient])
+    seqlen_first = tensors | {"zxbcdt": tensors["zxbcdt"].transpose(0, 1).contiguous().transpose(0, 1)}
+    view = run(OP, seqlen_first, options, [inputs.strided(gradient)])
+    assert all(torch.equal(dense[name], view[name]) for name in dense)
+    assert view["out0"].transpose(0, 1).is_contiguous()
+    assert view["dzxbcdt"].transpose(0, 1).is_contiguous()
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("output", [0, 1, 2])
+def test_gradient_through_one_output_alone(norm, output, device):
+    tensors = inputs.split_conv1d_scan(norm=norm, dtype=torch.float64, device=device)
+
+    def gradients(op):
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+        op(**leaves, **OPTIONS)[output].square().sum().backward()
+        return {name: torch.zeros_like(t) if t.grad is None else t.grad for name, t in leaves.items()}
+
+    expected = gradients(REFERENCE)
+    for name, gradient in gradients(OP).items():
+        assert_close(f"d{name}", gradient, expected[name], 1e-9)
+
+
+def test_documents_do_not_leak(device):
+    tensors = inputs.split_conv1d_scan(batch=1, seqlen=100, norm=True, dtype=torch.float64, device=device)
+    seq_idx = torch.zeros(1, 100, dtype=torch.int32, device=device)
+    seq_idx[:, 37:70] = 1
+    tensors["seq_idx"] = seq_idx
+    before = run(OP, tensors, OPTIONS)
+    changed = tensors | {"zxbcdt": tensors["zxbcdt"].clone()}
+    changed["zxbcdt"][:, 37:70] += 1.0
+    after = run(OP, changed, OPTIONS)
+    for name in ("out0", "dzxbcdt"):
+        for part in (slice(0, 37), slice(70, 100)):
+            assert torch.equal(before[name][:, part], after[name][:, part])
+        assert not torch.equal(before[name][:, 37:70], after[name][:, 37:70])
+    for name in ("out1", "out2", "dinitial_states", "dinitial_conv_states"):
+        assert torch.equal(before[name], after[name])
+
+
+def test_carried_states_equal_one_call(device):
+    tensors = inputs.split_conv1d_scan(dtype=torch.float64, device=device)
+    once = OP(**tensors, **OPTIONS)
+    zxbcdt = tensors.pop("zxbcdt")
+    first = OP(zxbcdt[:, :41], **tensors, **OPTIONS)
+    tensors |= {"initial_states": first[1], "initial_conv_states": first[2]}
+    second = OP(zxbcdt[:, 41:], **tensors, **OPTIONS)
+    assert_close("out", torch.cat([first[0], second[0]], dim=1), once[0], 1e-12)
+    assert_close("final_states", second[1], once[1], 1e-12)
+    assert torch.equal(second[2], once[2])
+
+
+@pytest.mark.parametrize("op", [OP, REFERENCE])
+@pytest.mark.parametrize("norm", [False, True])
+def test_gradcheck(op, norm, device):
+    tensors = inputs.split_conv1d_scan(
+        batch=1, seqlen=5, nheads=2, headdim=2, ngroups=1, dstate=2, norm=norm, dtype=torch.float64, device=device
+    )
+    leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+    seq_idx = torch.tensor([[0, 0, 0, 1, 1]], dtype=torch.int32, device=device)
+    torch.autograd.gradcheck(
+        lambda *values: op(**dict(zip(leaves, values, strict=True)), seq_idx=seq_idx, **OPTIONS | {"ngroups": 1}),
+        tuple(leaves.values()),
+    )

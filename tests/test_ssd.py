@@ -1,0 +1,243 @@
+"""mamba_chunk_scan_combined against the token-by-token recurrence."""
+
+import inputs
+import pytest
+import torch
+
+import oxiscan
+from oxiscan import reference
+from oxiscan.testing import assert_close, compare, run
+
+OPTIONS = {"chunk_size": 64, "dt_softplus": True, "return_final_states": True}
+
+
+def compare_ssd(tensors, **options):
+    return compare(
+        oxiscan.mamba_chunk_scan_combined, reference.mamba_chunk_scan_combined, tensors, OPTIONS | options
+    )
+
+
+@pytest.mark.parametrize("dtype", inputs.FLOATS)
+@pytest.mark.parametrize("seq_idx", [False, True])
+def test_every_dtype(dtype, seq_idx, device):
+    compare_ssd(inputs.ssd(seqlen=150, seq_idx=seq_idx, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_float32_parameters(dtype, device):
+    compare_ssd(inputs.ssd(dtype=dtype, parameters=torch.float32, device=device))
+
+
+@pytest.mark.parametrize("seqlen", [0, 1, 2, 63, 64, 65, 128, 129])
+@pytest.mark.parametrize("seq_idx", [False, True])
+def test_seqlen(seqlen, seq_idx, device):
+    compare_ssd(inputs.ssd(seqlen=seqlen, seq_idx=seq_idx, dtype=torch.float64, device=device))
+
+
+@pytest.mark.parametrize("batch", [0, 1, 3])
+def test_batch(batch, device):
+    compare_ssd(inputs.ssd(batch=batch, seqlen=70, dtype=torch.float64, device=device))
+
+
+@pytest.mark.parametrize(
+    ("nheads", "ngroups", "headdim", "dstate"),
+    [(1, 1, 1, 1), (3, 1, 64, 128), (6, 3, 80, 16), (4, 4, 5, 7), (8, 2, 96, 33)],
+)
+def test_sizes(nheads, ngroups, headdim, dstate, device):
+    shape = {"nheads": nheads, "ngroups": ngroups, "headdim": headdim, "dstate": dstate}
+    compare_ssd(inputs.ssd(batch=1, seqlen=70, **shape, dtype=torch.float64, device=device))
+
+
+@pytest.mark.parametrize("left_out", ["D", "z", "dt_bias", "initial_states"])
+def test_an_optional_argument_left_out(left_out, device):
+    tensors = inputs.ssd(seq_idx=True, dtype=torch.float64, device=device)
+    del tensors[left_out]
+    compare_ssd(tensors)
+
+
+def test_no_optional_arguments(device):
+    tensors = inputs.ssd(optional=False, dtype=torch.float64, device=device)
+    tensors["dt"] = tensors["dt"].abs()
+    compare_ssd(tensors, dt_softplus=False, return_final_states=False)
+
+
+def test_D_by_element(device):
+    compare_ssd(inputs.ssd(D="elements", dtype=torch.float64, device=device))
+
+
+def test_dt_limit_clamps_after_softplus_and_stops_the_gradient(device):
+    tensors = inputs.ssd(dtype=torch.float64, device=device)
+    result = compare_ssd(tensors, dt_limit=(0.3, 1.1))
+    dt = torch.nn.functional.softplus(tensors["dt"] + tensors["dt_bias"])
+    clamped = (dt < 0.3) | (dt > 1.1)
+    assert 0 < clamped.sum() < clamped.numel()
+    assert (result["ddt"][clamped] == 0).all()
+    assert (result["ddt"][~clamped] != 0).all()
+
+
+def test_strided_inputs_and_gradients(device):
+    tensors = inputs.ssd(seqlen=70, seq_idx=True, dtype=torch.float64, device=device)
+    dense = run(oxiscan.mamba_chunk_scan_combined, tensors, OPTIONS)
+    gradients = [torch.randn_like(dense["out0"]), torch.randn_like(dense["out1"])]
+    dense = run(oxiscan.mamba_chunk_scan_combined, tensors, OPTIONS, gradients)
+    seq_idx = tensors.pop("seq_idx")
+    views = {name: inputs.strided(tensor) for name, tensor in tensors.items()}
+    views["seq_idx"] = seq_idx.repeat(1, 2)[:, : seq_idx.shape[1]]
+    gradients = [inputs.strided(gradient) for gradient in gradients]
+    view = run(oxiscan.mamba_chunk_scan_combined, views, OPTIONS, gradients)
+    assert all(torch.equal(dense[name], view[name]) for name in dense)
+
+
+def test_expanded_inputs_and_gradients(device):
+    tensors = inputs.ssd(batch=1, seqlen=20, dtype=torch.float64, device=device)
+    for name in ("x", "dt", "B"):
+        tensors[name] = tensors[name].expand(2, *tensors[name].shape[1:])
+    for name in ("C", "z", "initial_states"):
+        tensors[name] = tensors[name].repeat(2, *[1] * (tensors[name].dim() - 1))
+    compare_ssd(tensors)
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    oxiscan.mamba_chunk_scan_combined(**leaves, chunk_size=8).sum().backward()
+    expected = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    reference.mamba_chunk_scan_combined(**expected, chunk_size=8).sum().backward()
+    assert_close("dx", leaves["x"].grad, expected["x"].grad, 1e-9)
+
+
+@pytest.mark.parametrize("use", ["out", "final_states"])
+def test_gradient_through_one_output_alone(use, device):
+    tensors = inputs.ssd(seq_idx=True, dtype=torch.float64, device=device)
+
+    def loss(op):
+        leaves = {k: t.detach().requires_grad_(t.is_floating_point()) for k, t in tensors.items()}
+        out, final_states = op(**leaves, **OPTIONS)
+        (out if use == "out" else final_states).square().sum().backward()
+        return {k: t.grad for k, t in leaves.items() if t.requires_grad}
+
+    actual, expected = loss(oxiscan.mamba_chunk_scan_combined), loss(reference.mamba_chunk_scan_combined)
+    for name, gradient in actual.items():
+        wanted = expected[name]
+        assert_close(f"d{name}", gradient, torch.zeros_like(gradient) if wanted is None else wanted, 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("decay", [30.0, 1e4])
+def test_strong_decay_is_finite_and_accurate(dtype, decay, device):
+    tensors = inputs.ssd(seqlen=200, dtype=dtype, parameters=torch.float32, decay=decay, device=device)
+    compare_ssd(tensors)
+
+
+def test_strong_decay_mixed_with_weak_tokens(device):
+    # dt from 1e-4 to 1e2 in one tile: decay sums of thousands, of which neighbours differ by little.
+    tensors = inputs.ssd(seqlen=200, dtype=torch.float32, device=device)
+    tensors["dt"] = torch.where(torch.rand_like(tensors["dt"]) < 0.2, 50.0, -6.0)
+    compare_ssd(tensors)
+
+
+def test_no_decay_at_all(device):
+    tensors = inputs.ssd(dtype=torch.float64, decay=0.0, device=device)
+    compare_ssd(tensors)
+
+
+def test_a_nan_in_dt_is_not_clamped_away(device):
+    tensors = inputs.ssd(batch=1, nheads=2, ngroups=1, dtype=torch.float32, device=device)
+    tensors["dt"][0, 40, 0] = float("nan")
+    out = oxiscan.mamba_chunk_scan_combined(**tensors, **OPTIONS)[0]
+    assert out[0, :40].isfinite().all() and out[0, :, 1].isfinite().all()
+    assert out[0, 40:, 0].isnan().all()
+
+
+def test_documents_do_not_leak(device):
+    tensors = inputs.ssd(batch=1, seqlen=160, dtype=torch.float64, device=device)
+    bounds = [0, 30, 64, 101, 160]
+    seq_idx = torch.zeros(1, 160, dtype=torch.int32, device=device)
+    for document, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        seq_idx[:, begin:end] = document % 2  # ids come back: still another document
+    tensors["seq_idx"] = seq_idx
+    before = run(oxiscan.mamba_chunk_scan_combined, tensors, OPTIONS)
+    for begin, end in zip(bounds, bounds[1:], strict=False):
+        changed = {name: tensor.clone() for name, tensor in tensors.items()}
+        for name in ("x", "dt", "B", "C", "z"):
+            changed[name][:, begin:end] += 1.0
+        after = run(oxiscan.mamba_chunk_scan_combined, changed, OPTIONS)
+        for name in ("out0", "dx", "ddt", "dB", "dC", "dz"):
+            same = torch.ones(160, dtype=torch.bool)
+            same[begin:end] = False
+            assert torch.equal(before[name][:, same], after[name][:, same]), name
+            assert not torch.equal(before[name][:, ~same], after[name][:, ~same]), name
+        assert torch.equal(before["out1"], after["out1"]) == (end != 160)
+        assert torch.equal(before["dinitial_states"], after["dinitial_states"]) == (begin != 0)
+
+
+def test_packed_documents_equal_documents_alone(device):
+    tensors = inputs.ssd(batch=1, seqlen=150, optional=False, dtype=torch.float64, device=device)
+    bounds = [0, 1, 70, 150]
+    seq_idx = torch.zeros(1, 150, dtype=torch.int32, device=device)
+    parts = []
+    for document, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        seq_idx[:, begin:end] = document
+        part = {k: t if k == "A" else t[:, begin:end] for k, t in tensors.items()}
+        parts.append(oxiscan.mamba_chunk_scan_combined(**part, **OPTIONS))
+    out, final_states = oxiscan.mamba_chunk_scan_combined(**tensors, seq_idx=seq_idx, **OPTIONS)
+    assert_close("out", out, torch.cat([part[0] for part in parts], dim=1), 1e-12)
+    assert_close("final_states", final_states, parts[-1][1], 1e-12)
+
+
+@pytest.mark.parametrize("cut", [1, 50, 64, 149])
+def test_two_calls_with_a_carried_state_equal_one(cut, device):
+    tensors = inputs.ssd(seqlen=150, dtype=torch.float64, device=device)
+
+    def two_calls(x, dt, A, B, C, D, z, dt_bias, initial_states, **options):
+        first = oxiscan.mamba_chunk_scan_combined(
+            x[:, :cut], dt[:, :cut], A, B[:, :cut], C[:, :cut], D=D, z=z[:, :cut], dt_bias=dt_bias,
+            initial_states=initial_states, **options,
+        )  # fmt: skip
+        second = oxiscan.mamba_chunk_scan_combined(
+            x[:, cut:], dt[:, cut:], A, B[:, cut:], C[:, cut:], D=D, z=z[:, cut:], dt_bias=dt_bias,
+            initial_states=first[1], **options,
+        )  # fmt: skip
+        return torch.cat([first[0], second[0]], dim=1), second[1]
+
+    once = run(oxiscan.mamba_chunk_scan_combined, tensors, OPTIONS)
+    twice = run(two_calls, tensors, OPTIONS)
+    for name, value in once.items():
+        assert_close(name, twice[name], value, 1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_do_not_depend_on_run_batch_chunk_size_or_threads(dtype, device):
+    tensors = inputs.ssd(batch=3, seqlen=150, seq_idx=True, dtype=dtype, device=device)
+    first = run(oxiscan.mamba_chunk_scan_combined, tensors, OPTIONS)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        again = run(oxiscan.mamba_chunk_scan_combined, tensors, OPTIONS | {"chunk_size": 17})
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    parameters = ("A", "D", "dt_bias")
+    alone = {name: t if name in parameters else t[1:2] for name, t in tensors.items()}
+    generator = torch.Generator().manual_seed(2)
+    gradients = [
+        torch.randn(first[k].shape, generator=generator, dtype=torch.float64).to(first[k]) for k in ("out0", "out1")
+    ]
+    single = run(oxiscan.mamba_chunk_scan_combined, alone, OPTIONS, [g[1:2] for g in gradients])
+    for name in single:
+        if name[1:] not in parameters:
+            assert torch.equal(first[name][1:2], single[name]), name
+
+
+@pytest.mark.parametrize("op", [oxiscan.mamba_chunk_scan_combined, reference.mamba_chunk_scan_combined])
+@pytest.mark.parametrize("seq_idx", [False, True])
+def test_gradcheck(op, seq_idx, device):
+    shape = {"batch": 1, "seqlen": 67, "nheads": 2, "headdim": 2, "ngroups": 1, "dstate": 2}
+    if op is reference.mamba_chunk_scan_combined:
+        shape["seqlen"] = 7
+    tensors = inputs.ssd(**shape, dtype=torch.float64, device=device)
+    if seq_idx:
+        tensors["seq_idx"] = inputs.documents(1, shape["seqlen"], mean_length=3, device=device)
+    leaves = {k: t.requires_grad_(t.is_floating_point()) for k, t in tensors.items()}
+    options = OPTIONS | {"dt_limit": (0.2, 2.0)}
+    torch.autograd.gradcheck(
+        lambda *values: op(**dict(zip(leaves, values, strict=True)), **options),
+        tuple(leaves.values()),
+        fast_mode=op is not reference.mamba_chunk_scan_combined,
+    )
