@@ -1,10 +1,10 @@
 """What torch users expect of every op: grad modes, repeated backward, checkpointing, no double backward."""
 
-import inputs
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+import inputs
 import oxiscan
 
 CPU = torch.device("cpu")

@@ -1,9 +1,9 @@
 """causal_conv1d_fn and causal_conv1d_update."""
 
-import inputs
 import pytest
 import torch
 
+import inputs
 import oxiscan
 from oxiscan import reference
 from oxiscan.testing import assert_close, compare, run
@@ -217,8 +217,6 @@ def test_steps_equal_the_convolution(dtype, device):
     out, final_states = oxiscan.causal_conv1d_fn(**tensors, **OPTIONS)
     state = tensors["initial_states"].clone()
     for t in range(9):
-        step = oxiscan.causal_conv1d_update(
-            tensors["x"][..., t], state, tensors["weight"], tensors["bias"], "silu"
-        )
+        step = oxiscan.causal_conv1d_update(tensors["x"][..., t], state, tensors["weight"], tensors["bias"], "silu")
         assert torch.equal(step, out[..., t])
     assert torch.equal(state, final_states)

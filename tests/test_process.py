@@ -7,10 +7,10 @@ import subprocess
 import sys
 import threading
 
-import inputs
 import pytest
 import torch
 
+import inputs
 import oxiscan
 from oxiscan import _C
 

@@ -1,9 +1,9 @@
 """rmsnorm_gated and RMSNormGated."""
 
-import inputs
 import pytest
 import torch
 
+import inputs
 import oxiscan
 from oxiscan import reference
 from oxiscan.testing import compare, run

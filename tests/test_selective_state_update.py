@@ -1,9 +1,9 @@
 """selective_state_update, alone and against the scan."""
 
-import inputs
 import pytest
 import torch
 
+import inputs
 import oxiscan
 from oxiscan import reference
 from oxiscan.testing import TOLERANCES, assert_close

@@ -1,9 +1,9 @@
 """mamba_split_conv1d_scan_combined."""
 
-import inputs
 import pytest
 import torch
 
+import inputs
 import oxiscan
 from oxiscan import reference
 from oxiscan.testing import TOLERANCES, assert_close, compare, relative_rms, run

@@ -1,9 +1,9 @@
 """mamba_chunk_scan_combined against the token-by-token recurrence."""
 
-import inputs
 import pytest
 import torch
 
+import inputs
 import oxiscan
 from oxiscan import reference
 from oxiscan.testing import assert_close, compare, run
@@ -12,9 +12,7 @@ OPTIONS = {"chunk_size": 64, "dt_softplus": True, "return_final_states": True}
 
 
 def compare_ssd(tensors, **options):
-    return compare(
-        oxiscan.mamba_chunk_scan_combined, reference.mamba_chunk_scan_combined, tensors, OPTIONS | options
-    )
+    return compare(oxiscan.mamba_chunk_scan_combined, reference.mamba_chunk_scan_combined, tensors, OPTIONS | options)
 
 
 @pytest.mark.parametrize("dtype", inputs.FLOATS)

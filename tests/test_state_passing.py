@@ -1,9 +1,9 @@
 """state_passing."""
 
-import inputs
 import pytest
 import torch
 
+import inputs
 import oxiscan
 from oxiscan import reference
 from oxiscan.testing import assert_close, compare, run

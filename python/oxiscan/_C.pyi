@@ -4,6 +4,21 @@ from typing import TypedDict
 
 from torch import Tensor
 
+__all__ = [
+    "causal_conv1d_backward",
+    "causal_conv1d_forward",
+    "causal_conv1d_update",
+    "rmsnorm_gated_backward",
+    "rmsnorm_gated_forward",
+    "selective_state_update",
+    "ssd_backward",
+    "ssd_forward",
+    "state_passing_backward",
+    "state_passing_forward",
+    "build_info",
+    "_panic",
+]
+
 class _BuildInfo(TypedDict):
     version: str
     backends: list[str]

@@ -65,7 +65,8 @@ def main() -> None:
         print(f"{name.replace('_', ' '):16}{text}")
     for gpu in gpus:
         unused = "" if "cuda" in info["backends"] else "; not used: this build has no CUDA backend"
-        print(f"{'gpu':16}{gpu['name']}, sm_{gpu['compute_capability'].replace('.', '')}, {gpu['memory_gib']} GiB{unused}")
+        capability = gpu["compute_capability"]
+        print(f"{'gpu':16}{gpu['name']}, compute capability {capability}, {gpu['memory_gib']} GiB{unused}")
     if not gpus:
         print(f"{'gpu':16}none")
 

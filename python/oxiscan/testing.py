@@ -1,6 +1,6 @@
 """Comparing an op with its reference: the measure, the tolerances and one function that runs both.
 
-    compare(oxiscan.rmsnorm_gated, oxiscan.reference.rmsnorm_gated, {"x": x, "weight": weight}, {"eps": 1e-5})
+compare(oxiscan.rmsnorm_gated, oxiscan.reference.rmsnorm_gated, {"x": x, "weight": weight}, {"eps": 1e-5})
 """
 
 from collections.abc import Callable

@@ -12,7 +12,6 @@ use rayon::prelude::*;
 
 use crate::cpu::documents::Documents;
 use crate::cpu::real::Real;
-use crate::cpu::simd;
 use crate::dims::ConvDims;
 use crate::ops::causal_conv1d::{ConvGradients, ConvInputs};
 use crate::tensor::View;
@@ -155,10 +154,7 @@ pub fn forward<T: Real>(inputs: &ConvInputs, out: &View<3>, final_states: Option
     let blocks = Blocks::new(inputs.dims);
     let documents = Documents::new(inputs.seq_idx.as_ref());
     (0..blocks.count()).into_par_iter().for_each(|index| {
-        simd(
-            #[inline(always)]
-            || forward_block::<T>(inputs, &documents, &blocks.get(index), out, final_states),
-        );
+        simd!(forward_block::<T>(inputs, &documents, &blocks.get(index), out, final_states));
     });
 }
 
@@ -212,10 +208,7 @@ pub fn backward<T: Real>(inputs: &ConvInputs, gradients: &ConvGradients) {
     let partial_size = (width + 1) * CHANNELS;
     let mut partials = vec![T::zero(); blocks.count() * partial_size];
     partials.par_chunks_mut(partial_size).enumerate().for_each(|(index, partial)| {
-        simd(
-            #[inline(always)]
-            || backward_block(inputs, &documents, &blocks.get(index), gradients, partial),
-        );
+        simd!(backward_block(inputs, &documents, &blocks.get(index), gradients, partial));
     });
     for d in 0..dim {
         for k in 0..=width {
@@ -328,27 +321,24 @@ pub fn update<T: Real>(inputs: &ConvInputs, conv_state: &View<3>, out: &View<3>)
         let nchannels = CHANNELS.min(inputs.dims.dim - channel);
         let block = Block { b: index / channel_blocks, tokens: 0..seqlen, channel, nchannels };
         let at = [block.b, channel, 0];
-        simd(
-            #[inline(always)]
-            || {
-                let filter = Filter::<T>::new(inputs, &documents, &block);
-                let mut window = vec![T::zero(); (state_len + seqlen) * nchannels];
-                let (state, x) = window.split_at_mut(state_len * nchannels);
-                conv_state.load_tile(at, (2, state_len), (1, nchannels), state);
-                inputs.x.load_tile(at, (2, seqlen), (1, nchannels), x);
-                let mut result = vec![T::zero(); seqlen * nchannels];
-                for (t, pre) in result.chunks_exact_mut(nchannels).enumerate() {
-                    filter.convolve(0, &window, state_len + t - (width - 1), pre);
-                    filter.activate(pre);
-                }
-                out.store_tile(at, (2, seqlen), (1, nchannels), &result);
-                conv_state.store_tile(
-                    at,
-                    (2, state_len),
-                    (1, nchannels),
-                    &window[seqlen * nchannels..],
-                );
-            },
-        );
+        simd!({
+            let filter = Filter::<T>::new(inputs, &documents, &block);
+            let mut window = vec![T::zero(); (state_len + seqlen) * nchannels];
+            let (state, x) = window.split_at_mut(state_len * nchannels);
+            conv_state.load_tile(at, (2, state_len), (1, nchannels), state);
+            inputs.x.load_tile(at, (2, seqlen), (1, nchannels), x);
+            let mut result = vec![T::zero(); seqlen * nchannels];
+            for (t, pre) in result.chunks_exact_mut(nchannels).enumerate() {
+                filter.convolve(0, &window, state_len + t - (width - 1), pre);
+                filter.activate(pre);
+            }
+            out.store_tile(at, (2, seqlen), (1, nchannels), &result);
+            conv_state.store_tile(
+                at,
+                (2, state_len),
+                (1, nchannels),
+                &window[seqlen * nchannels..],
+            );
+        });
     });
 }

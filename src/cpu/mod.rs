@@ -1,5 +1,17 @@
 //! The CPU backend: one file per op, generic over the accumulation type, multi-threaded with rayon.
 
+/// Evaluate an expression with the widest vector instructions of this processor.
+///
+/// Every function it calls has to be `#[inline(always)]`, or is compiled for the baseline.
+macro_rules! simd {
+    ($body:expr) => {
+        pulp::Arch::new().dispatch(
+            #[inline(always)]
+            || $body,
+        )
+    };
+}
+
 pub mod causal_conv1d;
 pub mod documents;
 pub mod matmul;
@@ -10,15 +22,7 @@ pub mod selective_state_update;
 pub mod ssd;
 pub mod state_passing;
 
-/// Run a loop with the widest vector instructions of this processor.
-///
-/// Everything it calls has to be `#[inline(always)]`, or is compiled for the baseline.
-#[inline(always)]
-pub fn simd<R>(body: impl FnOnce() -> R) -> R {
-    pulp::Arch::new().dispatch(body)
-}
-
-/// The vector instructions that `simd` and the matrix products use here.
+/// The vector instructions that `simd!` and the matrix products use here.
 pub fn simd_name() -> &'static str {
     #[cfg(target_arch = "x86_64")]
     match pulp::Arch::new() {

@@ -11,7 +11,6 @@
 use rayon::prelude::*;
 
 use crate::cpu::real::{Real, dot};
-use crate::cpu::simd;
 use crate::dims::NormDims;
 use crate::ops::rmsnorm_gated::{NormGradients, NormInputs};
 use crate::tensor::{Rows, View};
@@ -62,18 +61,26 @@ impl<T: Real> Row<T> {
         }
         for (group, rstd) in self.normed.chunks_exact_mut(group_size).zip(&mut self.rstd) {
             let mean = dot(group, group) / T::from_f64(group_size as f64);
-            *rstd = (mean + T::from_f64(inputs.eps)).sqrt().recip();
+            let factor = (mean + T::from_f64(inputs.eps)).sqrt().recip();
+            *rstd = factor;
             for v in group {
-                *v *= *rstd;
+                *v *= factor;
             }
         }
     }
 
-    /// normed * weight + bias at one position.
+    /// values = normed * weight + bias.
     #[inline(always)]
-    fn affine(&self, i: usize) -> T {
-        let value = self.normed[i] * self.weight[i];
-        self.bias.as_ref().map_or(value, |bias| value + bias[i])
+    fn affine(&self, values: &mut [T]) {
+        let products = self.normed.iter().zip(&self.weight);
+        for (value, (&normed, &weight)) in values.iter_mut().zip(products) {
+            *value = normed * weight;
+        }
+        if let Some(bias) = &self.bias {
+            for (value, &bias) in values.iter_mut().zip(bias) {
+                *value += bias;
+            }
+        }
     }
 }
 
@@ -81,20 +88,18 @@ pub fn forward<T: Real>(inputs: &NormInputs, out: &Rows) {
     for_each_block(&inputs.dims, |rows| {
         let mut row = Row::<T>::new(inputs);
         let mut result = vec![T::zero(); inputs.dims.dim];
-        simd(
-            #[inline(always)]
-            || {
-                for index in rows {
-                    row.normalize(inputs, index);
-                    let gate = inputs.z.is_some() && inputs.norm_before_gate;
-                    for (i, result) in result.iter_mut().enumerate() {
-                        let value = row.affine(i);
-                        *result = if gate { value * row.z[i].silu() } else { value };
+        simd!({
+            for index in rows {
+                row.normalize(inputs, index);
+                row.affine(&mut result);
+                if inputs.z.is_some() && inputs.norm_before_gate {
+                    for (value, z) in result.iter_mut().zip(&row.z) {
+                        *value *= z.silu();
                     }
-                    out.row(index).store_line([0], 0, &result);
                 }
-            },
-        );
+                out.row(index).store_line([0], 0, &result);
+            }
+        });
     });
 }
 
@@ -114,47 +119,49 @@ pub fn backward<T: Real>(inputs: &NormInputs, gradients: &NormGradients) {
         let mut row = Row::<T>::new(inputs);
         let mut c = vec![T::zero(); dim];
         let mut dz = vec![T::zero(); dim];
-        simd(
-            #[inline(always)]
-            || {
-                for index in block * BLOCK..nrows.min((block + 1) * BLOCK) {
-                    row.normalize(inputs, index);
-                    gradients.dout.row(index).load_line([0], 0, &mut c);
-                    if inputs.z.is_some() && inputs.norm_before_gate {
-                        for i in 0..dim {
-                            dz[i] = c[i] * row.affine(i) * row.z[i].silu_grad();
-                            c[i] *= row.z[i].silu();
-                        }
-                    }
-                    for i in 0..dim {
-                        dweight[i] += c[i] * row.normed[i];
-                        dbias[i] += c[i];
-                        c[i] *= row.weight[i];
-                    }
-                    let groups = c.chunks_exact_mut(group_size);
-                    for ((c, normed), &rstd) in
-                        groups.zip(row.normed.chunks_exact(group_size)).zip(&row.rstd)
-                    {
-                        let mean = dot(c, normed) / T::from_f64(group_size as f64);
-                        for (c, &normed) in c.iter_mut().zip(normed) {
-                            *c = rstd * (*c - normed * mean);
-                        }
-                    }
-                    if inputs.z.is_some() && !inputs.norm_before_gate {
-                        // c is dv; v = x silu(z), and x is read again: v r does not give it back where silu(z) is 0.
-                        inputs.x.row(index).load_line([0], 0, &mut dz);
-                        for i in 0..dim {
-                            dz[i] *= c[i] * row.z[i].silu_grad();
-                            c[i] *= row.z[i].silu();
-                        }
-                    }
-                    gradients.dx.row(index).store_line([0], 0, &c);
-                    if let Some(view) = &gradients.dz {
-                        view.row(index).store_line([0], 0, &dz);
+        simd!({
+            for index in block * BLOCK..nrows.min((block + 1) * BLOCK) {
+                row.normalize(inputs, index);
+                gradients.dout.row(index).load_line([0], 0, &mut c);
+                if inputs.z.is_some() && inputs.norm_before_gate {
+                    row.affine(&mut dz);
+                    for ((dz, c), z) in dz.iter_mut().zip(&mut c).zip(&row.z) {
+                        *dz *= *c * z.silu_grad();
+                        *c *= z.silu();
                     }
                 }
-            },
-        );
+                for ((dweight, &c), &normed) in dweight.iter_mut().zip(&c).zip(&row.normed) {
+                    *dweight += c * normed;
+                }
+                for (dbias, &c) in dbias.iter_mut().zip(&c) {
+                    *dbias += c;
+                }
+                for (c, &weight) in c.iter_mut().zip(&row.weight) {
+                    *c *= weight;
+                }
+                let groups = c.chunks_exact_mut(group_size);
+                for ((c, normed), &rstd) in
+                    groups.zip(row.normed.chunks_exact(group_size)).zip(&row.rstd)
+                {
+                    let mean = dot(c, normed) / T::from_f64(group_size as f64);
+                    for (c, &normed) in c.iter_mut().zip(normed) {
+                        *c = rstd * (*c - normed * mean);
+                    }
+                }
+                if inputs.z.is_some() && !inputs.norm_before_gate {
+                    // c is dv; v = x silu(z), and x is read again: v r does not give it back where silu(z) is 0.
+                    inputs.x.row(index).load_line([0], 0, &mut dz);
+                    for ((dz, c), z) in dz.iter_mut().zip(&mut c).zip(&row.z) {
+                        *dz *= *c * z.silu_grad();
+                        *c *= z.silu();
+                    }
+                }
+                gradients.dx.row(index).store_line([0], 0, &c);
+                if let Some(view) = &gradients.dz {
+                    view.row(index).store_line([0], 0, &dz);
+                }
+            }
+        });
     });
     let mut total = vec![0.0; 2 * dim];
     for partial in partials.chunks_exact(2 * dim) {

@@ -3,18 +3,14 @@
 use rayon::prelude::*;
 
 use crate::cpu::real::Real;
-use crate::cpu::simd;
 use crate::dims::StateUpdateDims;
 use crate::ops::selective_state_update::StateUpdateInputs;
 
 pub fn step<T: Real>(inputs: &StateUpdateInputs) {
     let StateUpdateDims { batch, nheads, .. } = inputs.dims;
-    (0..batch * nheads).into_par_iter().for_each(|bh| {
-        simd(
-            #[inline(always)]
-            || step_head::<T>(inputs, bh / nheads, bh % nheads),
-        )
-    });
+    (0..batch * nheads)
+        .into_par_iter()
+        .for_each(|bh| simd!(step_head::<T>(inputs, bh / nheads, bh % nheads)));
 }
 
 #[inline(always)]

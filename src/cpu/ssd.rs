@@ -33,7 +33,6 @@ use rayon::prelude::*;
 use crate::cpu::documents::Documents;
 use crate::cpu::matmul::{Mat, matmul};
 use crate::cpu::real::{Real, dot};
-use crate::cpu::simd;
 use crate::dims::SsdDims;
 use crate::ops::ssd::{SsdGradients, SsdInputs};
 use crate::tensor::View;
@@ -97,13 +96,10 @@ impl<'a, T: Real> Shared<'a, T> {
                 let (bg, tile) = (index / ntiles, index % ntiles);
                 let n = TILE.min(seqlen - tile * TILE);
                 let at = [bg / ngroups, tile * TILE, bg % ngroups, 0];
-                simd(
-                    #[inline(always)]
-                    || {
-                        inputs.B.load_tile(at, (1, n), (3, dstate), B);
-                        inputs.C.load_tile(at, (1, n), (3, dstate), C);
-                    },
-                );
+                simd!({
+                    inputs.B.load_tile(at, (1, n), (3, dstate), B);
+                    inputs.C.load_tile(at, (1, n), (3, dstate), C);
+                });
                 matmul(CB, T::zero(), Mat::new(C, n, dstate), Mat::new(B, n, dstate).t());
             });
         Shared { inputs, dims, ntiles, documents, dt, l, B, C, CB }
@@ -249,16 +245,13 @@ fn add_intra_tile<T: Real>(y: &mut [T], m: &[T], x: &[T], D: Option<&[T]>, n: us
     let headdim = x.len() / n;
     matmul(y, T::one(), Mat::new(m, n, n), Mat::new(x, n, headdim));
     if let Some(D) = D {
-        simd(
-            #[inline(always)]
-            || {
-                for (y, x) in y.chunks_exact_mut(headdim).zip(x.chunks_exact(headdim)) {
-                    for ((y, &x), &D) in y.iter_mut().zip(x).zip(D) {
-                        *y += D * x;
-                    }
+        simd!({
+            for (y, x) in y.chunks_exact_mut(headdim).zip(x.chunks_exact(headdim)) {
+                for ((y, &x), &D) in y.iter_mut().zip(x).zip(D) {
+                    *y += D * x;
                 }
-            },
-        );
+            }
+        });
     }
 }
 
@@ -307,45 +300,33 @@ fn forward_head<T: Real>(
     for tile in 0..shared.ntiles {
         let (B, C, CB) = shared.group(b, h / shared.dims.heads_per_group(), tile);
         let at = [b, tile * TILE, h, 0];
-        let decays = simd(
-            #[inline(always)]
-            || shared.decays(b, h, tile),
-        );
+        let decays = simd!(shared.decays(b, h, tile));
         let n = decays.n;
         let (x, y) = (&mut x[..n * headdim], &mut y[..n * headdim]);
-        simd(
-            #[inline(always)]
-            || {
-                inputs.x.load_tile(at, (1, n), (3, headdim), x);
-                decay_matrix(&decays, &mut m);
-                for t in 0..n {
-                    let row = t * n + decays.first[t]..t * n + t + 1;
-                    let dt = &decays.dt[decays.first[t]..];
-                    for ((m, &CB), &dt) in m[row.clone()].iter_mut().zip(&CB[row]).zip(dt) {
-                        *m *= CB * dt;
-                    }
+        simd!({
+            inputs.x.load_tile(at, (1, n), (3, headdim), x);
+            decay_matrix(&decays, &mut m);
+            for t in 0..n {
+                let row = t * n + decays.first[t]..t * n + t + 1;
+                let dt = &decays.dt[decays.first[t]..];
+                for ((m, &CB), &dt) in m[row.clone()].iter_mut().zip(&CB[row]).zip(dt) {
+                    *m *= CB * dt;
                 }
-            },
-        );
+            }
+        });
         matmul(y, T::zero(), Mat::new(C, n, dstate), Mat::new(&state, headdim, dstate).t());
-        simd(
-            #[inline(always)]
-            || scale_rows(y, headdim, &decays.u),
-        );
+        simd!(scale_rows(y, headdim, &decays.u));
         add_intra_tile(y, &m, x, D.as_deref(), n);
-        simd(
-            #[inline(always)]
-            || {
-                if let Some(gate) = &inputs.z {
-                    let z = &mut z[..n * headdim];
-                    gate.load_tile(at, (1, n), (3, headdim), z);
-                    for (y, z) in y.iter_mut().zip(z) {
-                        *y *= z.silu();
-                    }
+        simd!({
+            if let Some(gate) = &inputs.z {
+                let z = &mut z[..n * headdim];
+                gate.load_tile(at, (1, n), (3, headdim), z);
+                for (y, z) in y.iter_mut().zip(z) {
+                    *y *= z.silu();
                 }
-                out.store_tile(at, (1, n), (3, headdim), y);
-            },
-        );
+            }
+            out.store_tile(at, (1, n), (3, headdim), y);
+        });
         carry_state(&mut state, x, B, &decays);
     }
     if let Some(final_states) = final_states {
@@ -357,16 +338,13 @@ fn forward_head<T: Real>(
 fn carry_state<T: Real>(state: &mut [T], x: &mut [T], B: &[T], decays: &Decays<T>) {
     let n = decays.n;
     let (headdim, dstate) = (x.len() / n, B.len() / TILE);
-    simd(
-        #[inline(always)]
-        || {
-            for (t, row) in x.chunks_exact_mut(headdim).enumerate() {
-                for value in row {
-                    *value *= decays.dt[t] * decays.w[t];
-                }
+    simd!({
+        for (t, row) in x.chunks_exact_mut(headdim).enumerate() {
+            for value in row {
+                *value *= decays.dt[t] * decays.w[t];
             }
-        },
-    );
+        }
+    });
     matmul(state, decays.g, Mat::new(x, n, headdim).t(), Mat::new(B, n, dstate));
 }
 
@@ -473,16 +451,10 @@ fn walk_states<T: Real>(
     let mut state = first_state(inputs, b, h);
     for tile in 0..shared.ntiles {
         H[tile * state_size..][..state_size].copy_from_slice(&state);
-        let decays = simd(
-            #[inline(always)]
-            || shared.decays(b, h, tile),
-        );
+        let decays = simd!(shared.decays(b, h, tile));
         let x = &mut rows[..decays.n * headdim];
         let at = [b, tile * TILE, h, 0];
-        simd(
-            #[inline(always)]
-            || inputs.x.load_tile(at, (1, decays.n), (3, headdim), x),
-        );
+        simd!(inputs.x.load_tile(at, (1, decays.n), (3, headdim), x));
         carry_state(&mut state, x, shared.group(b, group, tile).0, &decays);
     }
 
@@ -492,19 +464,13 @@ fn walk_states<T: Real>(
     }
     for tile in (0..shared.ntiles).rev() {
         G[tile * state_size..][..state_size].copy_from_slice(&state);
-        let decays = simd(
-            #[inline(always)]
-            || shared.decays(b, h, tile),
-        );
+        let decays = simd!(shared.decays(b, h, tile));
         let n = decays.n;
         let dy = &mut rows[..n * headdim];
-        simd(
-            #[inline(always)]
-            || {
-                load_dy(inputs, gradients, [b, tile * TILE, h, 0], dy, &mut z);
-                scale_rows(dy, headdim, &decays.u);
-            },
-        );
+        simd!({
+            load_dy(inputs, gradients, [b, tile * TILE, h, 0], dy, &mut z);
+            scale_rows(dy, headdim, &decays.u);
+        });
         let C = shared.group(b, group, tile).1;
         matmul(&mut state, decays.g, Mat::new(dy, n, headdim).t(), Mat::new(C, n, dstate));
     }
@@ -543,121 +509,94 @@ fn backward_tile<T: Real>(
         let (H, G) = (&H[state..][..headdim * dstate], &G[state..][..headdim * dstate]);
         let H_mat = Mat::new(H, headdim, dstate);
         let D = skip_weights::<T>(inputs, h);
-        let decays = simd(
-            #[inline(always)]
-            || shared.decays(b, h, tile),
-        );
-        simd(
-            #[inline(always)]
-            || {
-                inputs.x.load_tile(at, (1, n), (3, headdim), &mut x);
-                load_dy(inputs, gradients, at, &mut dy, &mut z);
-                decay_matrix(&decays, &mut P);
-            },
-        );
+        let decays = simd!(shared.decays(b, h, tile));
+        simd!({
+            inputs.x.load_tile(at, (1, n), (3, headdim), &mut x);
+            load_dy(inputs, gradients, at, &mut dy, &mut z);
+            decay_matrix(&decays, &mut P);
+        });
         let (X, dY) = (Mat::new(&x, n, headdim), Mat::new(&dy, n, headdim));
         matmul(&mut dM, T::zero(), dY, X.t());
 
         // One sweep turns L into P = CB o L, dM into M = P dt (for Y), and leaves dCB and the sums of K.
         let mut dl = [0.0; TILE];
-        simd(
-            #[inline(always)]
-            || {
-                for t in 0..n {
-                    let row = t * n + decays.first[t]..t * n + t + 1;
-                    let tokens = decays.first[t]..t + 1;
-                    let (P, dM, dCB, CB) = (
-                        &mut P[row.clone()],
-                        &mut dM[row.clone()],
-                        &mut dCB[row.clone()],
-                        &CB[row],
-                    );
-                    let K = &mut line[tokens.clone()];
-                    let dt = &decays.dt[tokens.clone()];
-                    for i in 0..P.len() {
-                        let weighted = P[i] * dt[i];
-                        dCB[i] += dM[i] * weighted;
-                        P[i] *= CB[i];
-                        K[i] = dM[i] * (CB[i] * weighted);
-                    }
-                    // The diagonal does not depend on the decay.
-                    let (_, K) = K.split_last().expect("a row holds its own token");
-                    let mut row_sum = 0.0;
-                    for (dl, K) in dl[tokens].iter_mut().zip(K) {
-                        *dl -= K.as_f64();
-                        row_sum += K.as_f64();
-                    }
-                    dl[t] += row_sum;
+        simd!({
+            for t in 0..n {
+                let row = t * n + decays.first[t]..t * n + t + 1;
+                let tokens = decays.first[t]..t + 1;
+                let (P, dCB) = (&mut P[row.clone()], &mut dCB[row.clone()]);
+                let (dM, CB) = (&dM[row.clone()], &CB[row]);
+                let K = &mut line[tokens.clone()];
+                let dt = &decays.dt[tokens.clone()];
+                let sums = P.iter_mut().zip(dCB).zip(K.iter_mut());
+                let factors = dM.iter().zip(CB).zip(dt);
+                for (((P, dCB), K), ((&dM, &CB), &dt)) in sums.zip(factors) {
+                    let weighted = *P * dt;
+                    *dCB += dM * weighted;
+                    *P *= CB;
+                    *K = dM * (CB * weighted);
                 }
-            },
-        );
+                // The diagonal does not depend on the decay.
+                let (_, K) = K.split_last().expect("a row holds its own token");
+                let mut row_sum = 0.0;
+                for (dl, K) in dl[tokens].iter_mut().zip(K) {
+                    *dl -= K.as_f64();
+                    row_sum += K.as_f64();
+                }
+                dl[t] += row_sum;
+            }
+        });
 
         if let (Some(dz), Some(_)) = (&gradients.dz, &inputs.z) {
             let y = &mut rows;
             matmul(y, T::zero(), Mat::new(C, n, dstate), H_mat.t());
             let M = &mut dM;
-            simd(
-                #[inline(always)]
-                || {
-                    scale_rows(y, headdim, &decays.u);
-                    for (M, P) in M.chunks_exact_mut(n).zip(P.chunks_exact(n)) {
-                        for ((M, &P), &dt) in M.iter_mut().zip(P).zip(&decays.dt) {
-                            *M = P * dt;
-                        }
+            simd!({
+                scale_rows(y, headdim, &decays.u);
+                for (M, P) in M.chunks_exact_mut(n).zip(P.chunks_exact(n)) {
+                    for ((M, &P), &dt) in M.iter_mut().zip(P).zip(&decays.dt) {
+                        *M = P * dt;
                     }
-                },
-            );
+                }
+            });
             add_intra_tile(y, M, &x, D.as_deref(), n);
-            simd(
-                #[inline(always)]
-                || {
-                    let dout = &mut E;
-                    match &gradients.dout {
-                        Some(view) => view.load_tile(at, (1, n), (3, headdim), dout),
-                        None => dout.fill(T::zero()),
-                    }
-                    for ((y, &dout), z) in y.iter_mut().zip(dout.iter()).zip(&z) {
-                        *y = *y * dout * z.silu_grad();
-                    }
-                    dz.store_tile(at, (1, n), (3, headdim), y);
-                },
-            );
+            simd!({
+                let dout = &mut E;
+                match &gradients.dout {
+                    Some(view) => view.load_tile(at, (1, n), (3, headdim), dout),
+                    None => dout.fill(T::zero()),
+                }
+                for ((y, &dout), z) in y.iter_mut().zip(dout.iter()).zip(&z) {
+                    *y = *y * dout * z.silu_grad();
+                }
+                dz.store_tile(at, (1, n), (3, headdim), y);
+            });
         }
 
         // dC, and r: what l gives through the entering state.
-        simd(
-            #[inline(always)]
-            || scaled_rows(&mut rows, &dy, headdim, |t| decays.u[t]),
-        );
+        simd!(scaled_rows(&mut rows, &dy, headdim, |t| decays.u[t]));
         matmul(&mut uDyH, T::zero(), Mat::new(&rows, n, headdim), H_mat);
-        simd(
-            #[inline(always)]
-            || {
-                let tokens = uDyH.chunks_exact(dstate).zip(C.chunks_exact(dstate));
-                for (dl, (uDyH, C)) in dl.iter_mut().zip(tokens) {
-                    *dl += dot(uDyH, C).as_f64();
-                }
-                for (dC, &uDyH) in dC.iter_mut().zip(&uDyH) {
-                    *dC += uDyH;
-                }
-                scaled_rows(&mut rows, &x, headdim, |t| decays.dt[t] * decays.w[t]);
-            },
-        );
+        simd!({
+            let tokens = uDyH.chunks_exact(dstate).zip(C.chunks_exact(dstate));
+            for (dl, (uDyH, C)) in dl.iter_mut().zip(tokens) {
+                *dl += dot(uDyH, C).as_f64();
+            }
+            for (dC, &uDyH) in dC.iter_mut().zip(&uDyH) {
+                *dC += uDyH;
+            }
+            scaled_rows(&mut rows, &x, headdim, |t| decays.dt[t] * decays.w[t]);
+        });
         let G_mat = Mat::new(G, headdim, dstate);
         matmul(&mut dB, T::one(), Mat::new(&rows, n, headdim), G_mat);
 
         matmul(&mut E, T::zero(), Mat::new(B, n, dstate), G_mat.t());
         let mut q = [0.0; TILE];
-        simd(
-            #[inline(always)]
-            || {
-                scale_rows(&mut E, headdim, &decays.w);
-                for (t, (E, x)) in E.chunks_exact(headdim).zip(x.chunks_exact(headdim)).enumerate()
-                {
-                    q[t] = (decays.dt[t] * dot(E, x)).as_f64();
-                }
-            },
-        );
+        simd!({
+            scale_rows(&mut E, headdim, &decays.w);
+            for (t, (E, x)) in E.chunks_exact(headdim).zip(x.chunks_exact(headdim)).enumerate() {
+                q[t] = (decays.dt[t] * dot(E, x)).as_f64();
+            }
+        });
         matmul(&mut E, T::one(), Mat::new(&P, n, n).t(), dY);
 
         // da from what each l[t] gave: l[t] sums a from its document's start (or the tile's) up to t; w and g also hold
@@ -673,12 +612,7 @@ fn backward_tile<T: Real>(
         }
         let mut prefix = 0.0;
         if decays.g != T::zero() {
-            prefix = (decays.g
-                * simd(
-                    #[inline(always)]
-                    || dot(G, H),
-                ))
-            .as_f64();
+            prefix = (decays.g * simd!(dot(G, H))).as_f64();
         }
         for t in 0..n {
             if t > 0 && decays.first[t] == t {
@@ -693,30 +627,27 @@ fn backward_tile<T: Real>(
         inputs.dt.load_line([b, tile * TILE, h], 1, &mut raw[..n]);
         let (dA, rest) = partial.split_first_mut().expect("partials hold dA");
         let (ddt_bias, dD) = rest.split_first_mut().expect("partials hold ddt_bias");
-        simd(
-            #[inline(always)]
-            || {
-                for (t, E) in E.chunks_exact_mut(headdim).enumerate() {
-                    let tokens = t * headdim..(t + 1) * headdim;
-                    let (x, dy) = (&x[tokens.clone()], &dy[tokens]);
-                    let ddt = dot(E, x).as_f64() + A.as_f64() * da[t];
-                    let ddt = ddt * discretize_grad(inputs, h, raw[t]).as_f64();
-                    line[t] = T::from_f64(ddt);
-                    *dA += decays.dt[t].as_f64() * da[t];
-                    *ddt_bias += ddt;
-                    for value in E.iter_mut() {
-                        *value *= decays.dt[t];
-                    }
-                    if let Some(D) = &D {
-                        for (i, value) in E.iter_mut().enumerate() {
-                            *value += D[i] * dy[i];
-                            dD[i] += (dy[i] * x[i]).as_f64();
-                        }
+        simd!({
+            for (t, E) in E.chunks_exact_mut(headdim).enumerate() {
+                let tokens = t * headdim..(t + 1) * headdim;
+                let (x, dy) = (&x[tokens.clone()], &dy[tokens]);
+                let ddt = dot(E, x).as_f64() + A.as_f64() * da[t];
+                let ddt = ddt * discretize_grad(inputs, h, raw[t]).as_f64();
+                line[t] = T::from_f64(ddt);
+                *dA += decays.dt[t].as_f64() * da[t];
+                *ddt_bias += ddt;
+                for value in E.iter_mut() {
+                    *value *= decays.dt[t];
+                }
+                if let Some(D) = &D {
+                    for (i, value) in E.iter_mut().enumerate() {
+                        *value += D[i] * dy[i];
+                        dD[i] += (dy[i] * x[i]).as_f64();
                     }
                 }
-                gradients.dx.store_tile(at, (1, n), (3, headdim), &E);
-            },
-        );
+            }
+            gradients.dx.store_tile(at, (1, n), (3, headdim), &E);
+        });
         gradients.ddt.store_line([b, tile * TILE, h], 1, &line[..n]);
     }
 

@@ -6,7 +6,6 @@
 use rayon::prelude::*;
 
 use crate::cpu::real::Real;
-use crate::cpu::simd;
 use crate::dims::StatePassingDims;
 use crate::tensor::View;
 
@@ -37,24 +36,21 @@ pub fn forward<T: Real>(
     for_each_head(dims, |b, h| {
         let mut state = vec![T::zero(); headdim * dstate];
         let mut added = state.clone();
-        simd(
-            #[inline(always)]
-            || {
-                if let Some(initial) = initial_states {
-                    initial.load_tile([b, h, 0, 0], (2, headdim), (3, dstate), &mut state);
+        simd!({
+            if let Some(initial) = initial_states {
+                initial.load_tile([b, h, 0, 0], (2, headdim), (3, dstate), &mut state);
+            }
+            for c in 0..dims.nchunks {
+                let at = [b, c, h, 0, 0];
+                states_before.store_tile(at, (3, headdim), (4, dstate), &state);
+                states.load_tile(at, (3, headdim), (4, dstate), &mut added);
+                let factor = decay.get::<T>([b, c, h]).exp();
+                for (state, &added) in state.iter_mut().zip(&added) {
+                    *state = factor * *state + added;
                 }
-                for c in 0..dims.nchunks {
-                    let at = [b, c, h, 0, 0];
-                    states_before.store_tile(at, (3, headdim), (4, dstate), &state);
-                    states.load_tile(at, (3, headdim), (4, dstate), &mut added);
-                    let factor = decay.get::<T>([b, c, h]).exp();
-                    for (state, &added) in state.iter_mut().zip(&added) {
-                        *state = factor * *state + added;
-                    }
-                }
-                final_states.store_tile([b, h, 0, 0], (2, headdim), (3, dstate), &state);
-            },
-        );
+            }
+            final_states.store_tile([b, h, 0, 0], (2, headdim), (3, dstate), &state);
+        });
     });
 }
 
@@ -68,32 +64,29 @@ pub fn backward<T: Real>(
     for_each_head(dims, |b, h| {
         let mut G = vec![T::zero(); headdim * dstate];
         let mut other = G.clone();
-        simd(
-            #[inline(always)]
-            || {
-                if let Some(dfinal) = &gradients.dfinal_states {
-                    dfinal.load_tile([b, h, 0, 0], (2, headdim), (3, dstate), &mut G);
+        simd!({
+            if let Some(dfinal) = &gradients.dfinal_states {
+                dfinal.load_tile([b, h, 0, 0], (2, headdim), (3, dstate), &mut G);
+            }
+            for c in (0..dims.nchunks).rev() {
+                let at = [b, c, h, 0, 0];
+                gradients.dstates.store_tile(at, (3, headdim), (4, dstate), &G);
+                states_before.load_tile(at, (3, headdim), (4, dstate), &mut other);
+                let factor = decay.get::<T>([b, c, h]).exp();
+                let product =
+                    G.iter().zip(&other).fold(0.0, |sum, (&g, &h)| sum + (g * h).as_f64());
+                gradients.ddecay.set([b, c, h], factor.as_f64() * product);
+                other.fill(T::zero());
+                if let Some(dbefore) = &gradients.dstates_before {
+                    dbefore.load_tile(at, (3, headdim), (4, dstate), &mut other);
                 }
-                for c in (0..dims.nchunks).rev() {
-                    let at = [b, c, h, 0, 0];
-                    gradients.dstates.store_tile(at, (3, headdim), (4, dstate), &G);
-                    states_before.load_tile(at, (3, headdim), (4, dstate), &mut other);
-                    let factor = decay.get::<T>([b, c, h]).exp();
-                    let product =
-                        G.iter().zip(&other).fold(0.0, |sum, (&g, &h)| sum + (g * h).as_f64());
-                    gradients.ddecay.set([b, c, h], factor.as_f64() * product);
-                    other.fill(T::zero());
-                    if let Some(dbefore) = &gradients.dstates_before {
-                        dbefore.load_tile(at, (3, headdim), (4, dstate), &mut other);
-                    }
-                    for (g, &added) in G.iter_mut().zip(&other) {
-                        *g = factor * *g + added;
-                    }
+                for (g, &added) in G.iter_mut().zip(&other) {
+                    *g = factor * *g + added;
                 }
-                if let Some(dinitial) = &gradients.dinitial_states {
-                    dinitial.store_tile([b, h, 0, 0], (2, headdim), (3, dstate), &G);
-                }
-            },
-        );
+            }
+            if let Some(dinitial) = &gradients.dinitial_states {
+                dinitial.store_tile([b, h, 0, 0], (2, headdim), (3, dstate), &G);
+            }
+        });
     });
 }

@@ -48,7 +48,7 @@ fn inputs(
     norm_before_gate: bool,
 ) -> Result<NormInputs> {
     let dims = NormDims::new(x, group_size)?;
-    if !(eps >= 0.0) {
+    if eps.is_nan() || eps < 0.0 {
         return Err(Error::Value { arg: "eps", got: eps.to_string(), allowed: "eps >= 0".into() });
     }
     let dim = [("dim", dims.dim)];

@@ -35,7 +35,8 @@ class _RMSNormGated(torch.autograd.Function):
         x, weight, bias, z = ctx.saved_tensors
         dx, dweight = torch.empty_like(x), torch.empty_like(weight)
         dbias, dz = empty_like(bias), empty_like(z)
-        _C.rmsnorm_gated_backward(x, weight, bias, z, *ctx.options, dout, dx, dweight, dbias, dz)
+        eps, group_size, norm_before_gate = ctx.options
+        _C.rmsnorm_gated_backward(x, weight, bias, z, eps, group_size, norm_before_gate, dout, dx, dweight, dbias, dz)
         return dx, dweight, dbias, dz, None, None, None
 
 

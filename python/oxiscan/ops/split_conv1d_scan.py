@@ -164,7 +164,7 @@ class _SplitConv1dScan(torch.autograd.Function):
         dzxbcdt = torch.empty_like(zxbcdt)
         dz, dxBC, ddt = split.split(dzxbcdt)
         dconv1d_weight, dA, dD, ddt_bias = (torch.empty_like(t) for t in (conv1d_weight, A, D, dt_bias))
-        dconv1d_bias, drmsnorm_weight = empty_like(conv1d_bias), empty_like(rmsnorm_weight)
+        dconv1d_bias, drmsnorm_weight = empty_like(conv1d_bias), None
         dinitial_states, dinitial_conv_states = empty_like(initial_states), empty_like(initial_conv_states)
 
         # The convolution is recomputed: cheaper than keeping its result from forward on.
@@ -185,10 +185,9 @@ class _SplitConv1dScan(torch.autograd.Function):
                 drmsnorm_weight = torch.zeros_like(rmsnorm_weight)
                 dz.zero_()
             else:
-                dy = torch.empty_like(y)
-                _C.rmsnorm_gated_backward(
-                    y, rmsnorm_weight, None, z, *options.norm(), dout, dy, drmsnorm_weight, None, dz
-                )
+                dy, drmsnorm_weight = torch.empty_like(y), torch.empty_like(rmsnorm_weight)
+                norm = options.norm()
+                _C.rmsnorm_gated_backward(y, rmsnorm_weight, None, z, *norm, dout, dy, drmsnorm_weight, None, dz)
         gate_in_scan = rmsnorm_weight is None
         dconv = torch.empty_like(conv)
         x, B, C = split.scan_operands(conv)
@@ -263,8 +262,8 @@ def _split_sizes(
     dstate, rest = divmod(conv_dim - dim, 2 * ngroups)
     if dstate < 1 or rest:
         raise ValueError(
-            f"conv1d_weight: got {conv_dim} channels; allowed: dim + 2 ngroups dstate with dim = nheads headdim = {dim} "
-            f"and ngroups = {ngroups}"
+            f"conv1d_weight: got {conv_dim} channels; allowed: dim + 2 ngroups dstate with dim = nheads headdim = "
+            f"{dim} and ngroups = {ngroups}"
         )
     extra = channels - (dim + conv_dim + nheads)
     if extra > 0 and extra % 2 == 0:
@@ -316,7 +315,8 @@ def mamba_split_conv1d_scan_combined(
         conv1d_weight: (dim + 2 ngroups dstate, width); conv1d_bias: (dim + 2 ngroups dstate,).
         dt_bias, A: (nheads,); D: (nheads,) or (nheads, headdim). These and the weights in zxbcdt's dtype or float32.
         chunk_size: >= 1; the result does not depend on it beyond rounding.
-        initial_states: (batch, nheads, headdim, dstate); initial_conv_states: (batch, dim + 2 ngroups dstate, width - 1).
+        initial_states: (batch, nheads, headdim, dstate).
+        initial_conv_states: (batch, dim + 2 ngroups dstate, width - 1).
         seq_idx: (batch, seqlen) int32, the document of each token; convolution and state start anew with each.
         dt_limit: clamps softplus(dt + dt_bias).
         return_final_states: also return the scan's last state, float32 (float64 for float64).

@@ -48,9 +48,9 @@ class _ChunkScan(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dfinal_states: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors  # once: activation checkpointing unpacks each tensor a single time
         x, dt, A, B, C, D, z, dt_bias, initial_states, _ = tensors
-        gradients = tuple(torch.empty_like(t) for t in (x, dt, A, B, C))
-        gradients += tuple(empty_like(t) for t in (D, z, dt_bias, initial_states))
-        _C.ssd_backward(*tensors, *ctx.options, dout, dfinal_states, *gradients)
+        gradients = [empty_like(t) for t in (x, dt, A, B, C, D, z, dt_bias, initial_states)]
+        arguments: list[Any] = [*tensors, *ctx.options, dout, dfinal_states, *gradients]
+        _C.ssd_backward(*arguments)
         return *gradients, None, None, None, None
 
 

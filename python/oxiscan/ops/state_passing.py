@@ -15,9 +15,7 @@ from ._common import empty_like
 class _StatePassing(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, decay: Tensor, initial_states: Tensor | None) -> tuple[Tensor, Tensor]:
-        batch, _, nheads, headdim, dstate = sizes(
-            "states", states, "batch", "nchunks", "nheads", "headdim", "dstate"
-        )
+        batch, _, nheads, headdim, dstate = sizes("states", states, "batch", "nchunks", "nheads", "headdim", "dstate")
         states_before = torch.empty_like(states)
         final_states = states.new_empty(batch, nheads, headdim, dstate, dtype=acc_dtype(states))
         _C.state_passing_forward(states, decay, initial_states, states_before, final_states)
@@ -27,15 +25,11 @@ class _StatePassing(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, dstates_before: Tensor | None, dfinal_states: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dstates_before: Tensor | None, dfinal_states: Tensor | None) -> tuple[Tensor | None, ...]:
         states_before, decay, initial_states = ctx.saved_tensors
         dstates, ddecay = torch.empty_like(states_before), torch.empty_like(decay)
         dinitial_states = empty_like(initial_states)
-        _C.state_passing_backward(
-            states_before, decay, dstates_before, dfinal_states, dstates, ddecay, dinitial_states
-        )
+        _C.state_passing_backward(states_before, decay, dstates_before, dfinal_states, dstates, ddecay, dinitial_states)
         return dstates, ddecay, dinitial_states
 
 

@@ -1,4 +1,4 @@
-"""Every op in plain torch, as its definition reads: a token-by-token recurrence, differentiable by torch's own autograd.
+"""Every op in plain torch, as its definition reads: a token-by-token recurrence with torch's own autograd.
 
 Nothing here is fast. It is what the tests compare with, in float64. Functions take the arguments of their twins in
 `oxiscan.ops`, compute in float64 for float64 inputs and in float32 otherwise, and return the twin's dtypes.

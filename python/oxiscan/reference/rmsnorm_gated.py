@@ -38,6 +38,7 @@ class RMSNormGated(nn.Module):
     """See `oxiscan.ops.RMSNormGated`, which replaces `op` alone."""
 
     op = staticmethod(rmsnorm_gated)
+    bias: Tensor | None
 
     def __init__(
         self,

@@ -1,0 +1,39 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find src python -name '*.rs' -o -name '*.py' -o -name '*.pyi')
+
+# torch's threads would otherwise spin beside this package's when both have work.
+export OMP_WAIT_POLICY ?= PASSIVE
+# Cargo builds against the environment's Python, whoever calls it.
+export PYO3_PYTHON := $(abspath $(BIN)/python)
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.oxiscan
+	$(BIN)/python examples/train_hybrid.py --out demo-out
+
+test: $(VENV)/.oxiscan lint
+	cargo test --release
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.oxiscan
+	cargo fmt --check
+	cargo clippy --all-targets -- -D warnings
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/stubtest oxiscan._C
+
+$(VENV)/.requirements: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/.oxiscan: $(VENV)/.requirements Cargo.toml Cargo.lock pyproject.toml $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-deps .
+	touch $@
+
+clean:
+	rm -rf $(VENV) target demo-out
