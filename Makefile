@@ -3,8 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find src python -name '*.rs' -o -name '*.py' -o -name '*.pyi')
 
-# torch's threads would otherwise spin beside this package's when both have work.
-export OMP_WAIT_POLICY ?= PASSIVE
+# torch's threads wait for work by spinning, for long by default, on cores that this package's threads could use.
+export GOMP_SPINCOUNT ?= 10000
 # Cargo builds against the environment's Python, whoever calls it.
 export PYO3_PYTHON := $(abspath $(BIN)/python)
 

@@ -1,7 +1,7 @@
 //! The dimensions of each op, derived and checked once, and the checks that every argument goes through.
 
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Device, TensorArg, View};
+use crate::tensor::{DType, Device, Rows, TensorArg, View};
 
 /// The backend that runs a call, by the device of its first tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,16 +79,19 @@ impl<'a> Checker<'a> {
         tensor: &TensorArg,
         shape: [(&str, usize); N],
     ) -> Result<View<N>> {
-        self.expect_same_or_f32(arg, tensor)?;
+        self.expect(arg, tensor, &[self.dtype, DType::F32])?;
         tensor.view_of(arg, shape)
     }
 
-    pub fn expect_same(&self, arg: &'static str, tensor: &TensorArg) -> Result<()> {
-        self.expect(arg, tensor, &[self.dtype])
-    }
-
-    pub fn expect_same_or_f32(&self, arg: &'static str, tensor: &TensorArg) -> Result<()> {
-        self.expect(arg, tensor, &[self.dtype, DType::F32])
+    /// A tensor that shares the first one's dtype, as rows along its last dimension.
+    pub fn same_rows(
+        &self,
+        arg: &'static str,
+        tensor: &TensorArg,
+        shape: &[usize],
+    ) -> Result<Rows> {
+        self.expect(arg, tensor, &[self.dtype])?;
+        tensor.rows(arg, shape)
     }
 
     /// A tensor of the accumulation dtype: final states and their gradients.
@@ -122,6 +125,14 @@ impl<'a> Checker<'a> {
         self.expect(arg, tensor, &[DType::I32])?;
         tensor.view_of(arg, shape)
     }
+}
+
+/// `check` of an argument that may be left out.
+pub fn optional<T>(
+    tensor: &Option<TensorArg>,
+    check: impl FnOnce(&TensorArg) -> Result<T>,
+) -> Result<Option<T>> {
+    tensor.as_ref().map(check).transpose()
 }
 
 fn positive(arg: &'static str, name: &str, size: usize) -> Result<()> {
@@ -279,6 +290,10 @@ impl ConvDims {
         [("dim", self.dim), ("width", self.width)]
     }
 
+    pub fn bias(&self) -> [(&'static str, usize); 1] {
+        [("dim", self.dim)]
+    }
+
     pub fn states(&self) -> [(&'static str, usize); 3] {
         [("batch", self.batch), ("dim", self.dim), ("width - 1", self.width - 1)]
     }
@@ -316,6 +331,10 @@ impl NormDims {
             });
         }
         Ok(NormDims { nrows: leading.iter().product(), dim, group_size, shape })
+    }
+
+    pub fn weight(&self) -> [(&'static str, usize); 1] {
+        [("dim", self.dim)]
     }
 }
 

@@ -18,7 +18,7 @@ if importlib.util.find_spec("megatron") is None:
     pytest.skip("needs megatron-core: pip install oxiscan[megatron]", allow_module_level=True)
 
 DEMO = Path(__file__).parent.parent / "examples" / "train_hybrid.py"
-STEPS, COMPARED, CHECKPOINT_EVERY = 80, 3, 5
+STEPS, COMPARED, CHECKPOINT_EVERY = 200, 3, 5
 
 
 @pytest.fixture(scope="module")

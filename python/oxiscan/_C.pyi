@@ -19,6 +19,26 @@ __all__ = [
     "_panic",
 ]
 
+# x, weight; bias, seq_idx, initial_states
+_ConvTensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+# x, weight; bias, z
+_NormTensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+# eps, group_size, norm_before_gate
+_NormOptions = tuple[float, int | None, bool]
+# x, dt, A, B, C; D, z, dt_bias, initial_states, seq_idx
+_SsdTensors = tuple[
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+]
+
 class _BuildInfo(TypedDict):
     version: str
     backends: list[str]
@@ -27,22 +47,9 @@ class _BuildInfo(TypedDict):
 
 def build_info() -> _BuildInfo: ...
 def _panic(message: str, worker: bool = False) -> None: ...
-def causal_conv1d_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    seq_idx: Tensor | None,
-    initial_states: Tensor | None,
-    silu: bool,
-    out: Tensor,
-    final_states: Tensor | None,
-) -> None: ...
+def causal_conv1d_forward(tensors: _ConvTensors, silu: bool, out: Tensor, final_states: Tensor | None) -> None: ...
 def causal_conv1d_backward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    seq_idx: Tensor | None,
-    initial_states: Tensor | None,
+    tensors: _ConvTensors,
     silu: bool,
     dout: Tensor | None,
     dfinal_states: Tensor | None,
@@ -52,31 +59,12 @@ def causal_conv1d_backward(
     dinitial_states: Tensor | None,
 ) -> None: ...
 def causal_conv1d_update(
-    x: Tensor,
-    conv_state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    silu: bool,
-    out: Tensor,
+    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, out: Tensor
 ) -> None: ...
-def rmsnorm_gated_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    z: Tensor | None,
-    eps: float,
-    group_size: int | None,
-    norm_before_gate: bool,
-    out: Tensor,
-) -> None: ...
+def rmsnorm_gated_forward(tensors: _NormTensors, options: _NormOptions, out: Tensor) -> None: ...
 def rmsnorm_gated_backward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    z: Tensor | None,
-    eps: float,
-    group_size: int | None,
-    norm_before_gate: bool,
+    tensors: _NormTensors,
+    options: _NormOptions,
     dout: Tensor,
     dx: Tensor,
     dweight: Tensor,
@@ -97,32 +85,14 @@ def selective_state_update(
     out: Tensor,
 ) -> None: ...
 def ssd_forward(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_states: Tensor | None,
-    seq_idx: Tensor | None,
+    tensors: _SsdTensors,
     dt_softplus: bool,
     dt_limit: tuple[float, float],
     out: Tensor,
     final_states: Tensor | None,
 ) -> None: ...
 def ssd_backward(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_states: Tensor | None,
-    seq_idx: Tensor | None,
+    tensors: _SsdTensors,
     dt_softplus: bool,
     dt_limit: tuple[float, float],
     dout: Tensor | None,

@@ -3,11 +3,14 @@
 use pyo3::prelude::*;
 
 use crate::cpu;
-use crate::dims::{Backend, Checker, ConvDims};
+use crate::dims::{Backend, Checker, ConvDims, optional};
 use crate::error::{Error, Result};
 use crate::ops::with_accumulator;
 use crate::tensor::{TensorArg, View};
 use crate::torch::run;
+
+/// x, weight; bias, seq_idx, initial_states where given.
+type ConvTensors = (TensorArg, TensorArg, Option<TensorArg>, Option<TensorArg>, Option<TensorArg>);
 
 /// What forward and backward both read.
 pub struct ConvInputs {
@@ -21,28 +24,17 @@ pub struct ConvInputs {
 }
 
 impl ConvInputs {
-    fn new(
-        check: &Checker,
-        x: &TensorArg,
-        weight: &TensorArg,
-        bias: Option<&TensorArg>,
-        seq_idx: Option<&TensorArg>,
-        initial_states: Option<&TensorArg>,
-        silu: bool,
-    ) -> Result<Self> {
+    fn new(check: &Checker, tensors: &ConvTensors, silu: bool) -> Result<Self> {
+        let (x, weight, bias, seq_idx, initial_states) = tensors;
         let dims = ConvDims::new(x, weight)?;
         Ok(ConvInputs {
             x: check.same("x", x, dims.x())?,
             weight: check.same_or_f32("weight", weight, dims.weight())?,
-            bias: bias
-                .map(|bias| check.same_or_f32("bias", bias, [("dim", dims.dim)]))
-                .transpose()?,
-            seq_idx: seq_idx
-                .map(|seq_idx| check.int32("seq_idx", seq_idx, dims.seq_idx()))
-                .transpose()?,
-            initial_states: initial_states
-                .map(|states| check.same_or_f32("initial_states", states, dims.states()))
-                .transpose()?,
+            bias: optional(bias, |bias| check.same_or_f32("bias", bias, dims.bias()))?,
+            seq_idx: optional(seq_idx, |ids| check.int32("seq_idx", ids, dims.seq_idx()))?,
+            initial_states: optional(initial_states, |states| {
+                check.same_or_f32("initial_states", states, dims.states())
+            })?,
             silu,
             dims,
         })
@@ -58,27 +50,22 @@ pub struct ConvGradients {
     pub dinitial_states: Option<View<3>>,
 }
 
+/// out (batch, dim, seqlen) and, where given, final_states are written.
 #[pyfunction]
 pub fn causal_conv1d_forward(
     py: Python<'_>,
-    x: TensorArg,
-    weight: TensorArg,
-    bias: Option<TensorArg>,
-    seq_idx: Option<TensorArg>,
-    initial_states: Option<TensorArg>,
+    tensors: ConvTensors,
     silu: bool,
     out: TensorArg,
     final_states: Option<TensorArg>,
 ) -> PyResult<()> {
     run(py, |threads| {
-        let check = Checker::new("x", &x)?;
-        let (bias, seq_idx, initial) = (bias.as_ref(), seq_idx.as_ref(), initial_states.as_ref());
-        let inputs = ConvInputs::new(&check, &x, &weight, bias, seq_idx, initial, silu)?;
+        let check = Checker::new("x", &tensors.0)?;
+        let inputs = ConvInputs::new(&check, &tensors, silu)?;
         let out = check.same("out", &out, inputs.dims.x())?;
-        let final_states = final_states
-            .as_ref()
-            .map(|states| check.same("final_states", states, inputs.dims.states()))
-            .transpose()?;
+        let final_states = optional(&final_states, |states| {
+            check.same("final_states", states, inputs.dims.states())
+        })?;
         match check.backend {
             Backend::Cpu => cpu::pool::install(threads, || {
                 with_accumulator!(check.dtype, T => {
@@ -89,14 +76,11 @@ pub fn causal_conv1d_forward(
     })
 }
 
+/// Every gradient tensor that is given is written; those of optional arguments go with their arguments.
 #[pyfunction]
 pub fn causal_conv1d_backward(
     py: Python<'_>,
-    x: TensorArg,
-    weight: TensorArg,
-    bias: Option<TensorArg>,
-    seq_idx: Option<TensorArg>,
-    initial_states: Option<TensorArg>,
+    tensors: ConvTensors,
     silu: bool,
     dout: Option<TensorArg>,
     dfinal_states: Option<TensorArg>,
@@ -106,26 +90,20 @@ pub fn causal_conv1d_backward(
     dinitial_states: Option<TensorArg>,
 ) -> PyResult<()> {
     run(py, |threads| {
-        let check = Checker::new("x", &x)?;
-        let (bias, seq_idx, initial) = (bias.as_ref(), seq_idx.as_ref(), initial_states.as_ref());
-        let inputs = ConvInputs::new(&check, &x, &weight, bias, seq_idx, initial, silu)?;
+        let check = Checker::new("x", &tensors.0)?;
+        let inputs = ConvInputs::new(&check, &tensors, silu)?;
         let dims = inputs.dims;
         let gradients = ConvGradients {
-            dout: dout.as_ref().map(|dout| check.same("dout", dout, dims.x())).transpose()?,
-            dfinal_states: dfinal_states
-                .as_ref()
-                .map(|states| check.same("dfinal_states", states, dims.states()))
-                .transpose()?,
+            dout: optional(&dout, |dout| check.same("dout", dout, dims.x()))?,
+            dfinal_states: optional(&dfinal_states, |states| {
+                check.same("dfinal_states", states, dims.states())
+            })?,
             dx: check.same("dx", &dx, dims.x())?,
             dweight: check.same_or_f32("dweight", &dweight, dims.weight())?,
-            dbias: dbias
-                .as_ref()
-                .map(|dbias| check.same_or_f32("dbias", dbias, [("dim", dims.dim)]))
-                .transpose()?,
-            dinitial_states: dinitial_states
-                .as_ref()
-                .map(|states| check.same_or_f32("dinitial_states", states, dims.states()))
-                .transpose()?,
+            dbias: optional(&dbias, |dbias| check.same_or_f32("dbias", dbias, dims.bias()))?,
+            dinitial_states: optional(&dinitial_states, |states| {
+                check.same_or_f32("dinitial_states", states, dims.states())
+            })?,
         };
         match check.backend {
             Backend::Cpu => cpu::pool::install(threads, || {
@@ -149,8 +127,9 @@ pub fn causal_conv1d_update(
     out: TensorArg,
 ) -> PyResult<()> {
     run(py, |threads| {
-        let check = Checker::new("x", &x)?;
-        let inputs = ConvInputs::new(&check, &x, &weight, bias.as_ref(), None, None, silu)?;
+        let tensors = (x, weight, bias, None, None);
+        let check = Checker::new("x", &tensors.0)?;
+        let inputs = ConvInputs::new(&check, &tensors, silu)?;
         let dims = inputs.dims;
         let state_len = conv_state.view("conv_state", ["batch", "dim", "state_len"])?.shape[2];
         if state_len < dims.width - 1 {

@@ -3,12 +3,19 @@
 use pyo3::prelude::*;
 
 use crate::cpu;
-use crate::dims::{Backend, Checker, NormDims};
+use crate::dims::{Backend, Checker, NormDims, optional};
 use crate::error::{Error, Result};
 use crate::ops::with_accumulator;
 use crate::tensor::{Rows, TensorArg, View};
 use crate::torch::run;
 
+/// x, weight; bias, z where given.
+type NormTensors = (TensorArg, TensorArg, Option<TensorArg>, Option<TensorArg>);
+
+/// eps, group_size (dim if left out), norm_before_gate.
+type NormOptions = (f64, Option<usize>, bool);
+
+/// What forward and backward both read.
 pub struct NormInputs {
     pub dims: NormDims,
     pub x: Rows,
@@ -19,6 +26,30 @@ pub struct NormInputs {
     pub norm_before_gate: bool,
 }
 
+impl NormInputs {
+    fn new(check: &Checker, tensors: &NormTensors, options: NormOptions) -> Result<Self> {
+        let (x, weight, bias, z) = tensors;
+        let (eps, group_size, norm_before_gate) = options;
+        let dims = NormDims::new(x, group_size)?;
+        if eps.is_nan() || eps < 0.0 {
+            return Err(Error::Value {
+                arg: "eps",
+                got: eps.to_string(),
+                allowed: "eps >= 0".into(),
+            });
+        }
+        Ok(NormInputs {
+            x: check.same_rows("x", x, &dims.shape)?,
+            weight: check.same_or_f32("weight", weight, dims.weight())?,
+            bias: optional(bias, |bias| check.same_or_f32("bias", bias, dims.weight()))?,
+            z: optional(z, |z| check.same_rows("z", z, &dims.shape))?,
+            eps,
+            norm_before_gate,
+            dims,
+        })
+    }
+}
+
 pub struct NormGradients {
     pub dout: Rows,
     pub dx: Rows,
@@ -27,59 +58,18 @@ pub struct NormGradients {
     pub dz: Option<Rows>,
 }
 
-fn same_rows(
-    check: &Checker,
-    arg: &'static str,
-    tensor: &TensorArg,
-    dims: &NormDims,
-) -> Result<Rows> {
-    check.expect_same(arg, tensor)?;
-    tensor.rows(arg, &dims.shape)
-}
-
-fn inputs(
-    check: &Checker,
-    x: &TensorArg,
-    weight: &TensorArg,
-    bias: Option<&TensorArg>,
-    z: Option<&TensorArg>,
-    eps: f64,
-    group_size: Option<usize>,
-    norm_before_gate: bool,
-) -> Result<NormInputs> {
-    let dims = NormDims::new(x, group_size)?;
-    if eps.is_nan() || eps < 0.0 {
-        return Err(Error::Value { arg: "eps", got: eps.to_string(), allowed: "eps >= 0".into() });
-    }
-    let dim = [("dim", dims.dim)];
-    Ok(NormInputs {
-        x: same_rows(check, "x", x, &dims)?,
-        weight: check.same_or_f32("weight", weight, dim)?,
-        bias: bias.map(|bias| check.same_or_f32("bias", bias, dim)).transpose()?,
-        z: z.map(|z| same_rows(check, "z", z, &dims)).transpose()?,
-        eps,
-        norm_before_gate,
-        dims,
-    })
-}
-
+/// out, of x's shape, is written.
 #[pyfunction]
 pub fn rmsnorm_gated_forward(
     py: Python<'_>,
-    x: TensorArg,
-    weight: TensorArg,
-    bias: Option<TensorArg>,
-    z: Option<TensorArg>,
-    eps: f64,
-    group_size: Option<usize>,
-    norm_before_gate: bool,
+    tensors: NormTensors,
+    options: NormOptions,
     out: TensorArg,
 ) -> PyResult<()> {
     run(py, |threads| {
-        let check = Checker::new("x", &x)?;
-        let (bias, z) = (bias.as_ref(), z.as_ref());
-        let inputs = inputs(&check, &x, &weight, bias, z, eps, group_size, norm_before_gate)?;
-        let out = same_rows(&check, "out", &out, &inputs.dims)?;
+        let check = Checker::new("x", &tensors.0)?;
+        let inputs = NormInputs::new(&check, &tensors, options)?;
+        let out = check.same_rows("out", &out, &inputs.dims.shape)?;
         match check.backend {
             Backend::Cpu => cpu::pool::install(threads, || {
                 with_accumulator!(check.dtype, T => cpu::rmsnorm_gated::forward::<T>(&inputs, &out));
@@ -88,16 +78,12 @@ pub fn rmsnorm_gated_forward(
     })
 }
 
+/// Every gradient tensor that is given is written; those of optional arguments go with their arguments.
 #[pyfunction]
 pub fn rmsnorm_gated_backward(
     py: Python<'_>,
-    x: TensorArg,
-    weight: TensorArg,
-    bias: Option<TensorArg>,
-    z: Option<TensorArg>,
-    eps: f64,
-    group_size: Option<usize>,
-    norm_before_gate: bool,
+    tensors: NormTensors,
+    options: NormOptions,
     dout: TensorArg,
     dx: TensorArg,
     dweight: TensorArg,
@@ -105,19 +91,15 @@ pub fn rmsnorm_gated_backward(
     dz: Option<TensorArg>,
 ) -> PyResult<()> {
     run(py, |threads| {
-        let check = Checker::new("x", &x)?;
-        let (bias, z) = (bias.as_ref(), z.as_ref());
-        let inputs = inputs(&check, &x, &weight, bias, z, eps, group_size, norm_before_gate)?;
-        let dim = [("dim", inputs.dims.dim)];
+        let check = Checker::new("x", &tensors.0)?;
+        let inputs = NormInputs::new(&check, &tensors, options)?;
+        let dims = &inputs.dims;
         let gradients = NormGradients {
-            dout: same_rows(&check, "dout", &dout, &inputs.dims)?,
-            dx: same_rows(&check, "dx", &dx, &inputs.dims)?,
-            dweight: check.same_or_f32("dweight", &dweight, dim)?,
-            dbias: dbias
-                .as_ref()
-                .map(|dbias| check.same_or_f32("dbias", dbias, dim))
-                .transpose()?,
-            dz: dz.as_ref().map(|dz| same_rows(&check, "dz", dz, &inputs.dims)).transpose()?,
+            dout: check.same_rows("dout", &dout, &dims.shape)?,
+            dx: check.same_rows("dx", &dx, &dims.shape)?,
+            dweight: check.same_or_f32("dweight", &dweight, dims.weight())?,
+            dbias: optional(&dbias, |dbias| check.same_or_f32("dbias", dbias, dims.weight()))?,
+            dz: optional(&dz, |dz| check.same_rows("dz", dz, &dims.shape))?,
         };
         match check.backend {
             Backend::Cpu => cpu::pool::install(threads, || {

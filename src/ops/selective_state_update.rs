@@ -3,7 +3,7 @@
 use pyo3::prelude::*;
 
 use crate::cpu;
-use crate::dims::{Backend, Checker, StateUpdateDims};
+use crate::dims::{Backend, Checker, StateUpdateDims, optional};
 use crate::ops::with_accumulator;
 use crate::tensor::{TensorArg, View};
 use crate::torch::run;
@@ -51,12 +51,9 @@ pub fn selective_state_update(
             A: check.same_or_f32("A", &A, dims.A())?,
             B: check.same("B", &B, dims.B())?,
             C: check.same("C", &C, dims.B())?,
-            D: D.as_ref().map(|D| check.same_or_f32("D", D, dims.D())).transpose()?,
-            z: z.as_ref().map(|z| check.same("z", z, dims.x())).transpose()?,
-            dt_bias: dt_bias
-                .as_ref()
-                .map(|bias| check.same_or_f32("dt_bias", bias, dims.D()))
-                .transpose()?,
+            D: optional(&D, |D| check.same_or_f32("D", D, dims.D()))?,
+            z: optional(&z, |z| check.same("z", z, dims.x()))?,
+            dt_bias: optional(&dt_bias, |bias| check.same_or_f32("dt_bias", bias, dims.D()))?,
             dt_softplus,
             out: check.same("out", &out, dims.x())?,
         };

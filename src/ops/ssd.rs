@@ -3,17 +3,29 @@
 use pyo3::prelude::*;
 
 use crate::cpu;
-use crate::dims::{Backend, Checker, SsdDims};
+use crate::dims::{Backend, Checker, SsdDims, optional};
 use crate::error::{Error, Result};
 use crate::ops::with_accumulator;
-use crate::tensor::{DType, TensorArg, View};
+use crate::tensor::{TensorArg, View};
 use crate::torch::run;
+
+/// x, dt, A, B, C; D, z, dt_bias, initial_states, seq_idx where given.
+type SsdTensors = (
+    TensorArg,
+    TensorArg,
+    TensorArg,
+    TensorArg,
+    TensorArg,
+    Option<TensorArg>,
+    Option<TensorArg>,
+    Option<TensorArg>,
+    Option<TensorArg>,
+    Option<TensorArg>,
+);
 
 /// What forward and backward both read.
 pub struct SsdInputs {
     pub dims: SsdDims,
-    pub dtype: DType,
-    pub backend: Backend,
     pub x: View<4>,
     pub dt: View<3>,
     pub A: View<1>,
@@ -31,20 +43,12 @@ pub struct SsdInputs {
 
 impl SsdInputs {
     fn new(
-        x: &TensorArg,
-        dt: &TensorArg,
-        A: &TensorArg,
-        B: &TensorArg,
-        C: &TensorArg,
-        D: Option<&TensorArg>,
-        z: Option<&TensorArg>,
-        dt_bias: Option<&TensorArg>,
-        initial_states: Option<&TensorArg>,
-        seq_idx: Option<&TensorArg>,
+        check: &Checker,
+        tensors: &SsdTensors,
         dt_softplus: bool,
         dt_limit: (f64, f64),
     ) -> Result<Self> {
-        let check = Checker::new("x", x)?;
+        let (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx) = tensors;
         let dims = SsdDims::new(x, B)?;
         if dt_limit.0.is_nan() || dt_limit.1.is_nan() || dt_limit.0 > dt_limit.1 {
             return Err(Error::Value {
@@ -55,28 +59,18 @@ impl SsdInputs {
         }
         Ok(SsdInputs {
             dims,
-            dtype: check.dtype,
-            backend: check.backend,
             x: check.same("x", x, dims.x())?,
             dt: check.same_or_f32("dt", dt, dims.dt())?,
             A: check.same_or_f32("A", A, dims.heads())?,
             B: check.same("B", B, dims.B())?,
             C: check.same("C", C, dims.B())?,
-            D: D.map(|D| {
-                check.expect_same_or_f32("D", D)?;
-                per_head_or_element("D", D, &dims)
-            })
-            .transpose()?,
-            z: z.map(|z| check.same("z", z, dims.x())).transpose()?,
-            dt_bias: dt_bias
-                .map(|bias| check.same_or_f32("dt_bias", bias, dims.heads()))
-                .transpose()?,
-            initial_states: initial_states
-                .map(|states| check.same_or_f32("initial_states", states, dims.states()))
-                .transpose()?,
-            seq_idx: seq_idx
-                .map(|seq_idx| check.int32("seq_idx", seq_idx, dims.seq_idx()))
-                .transpose()?,
+            D: optional(D, |D| per_head_or_element(check, "D", D, &dims))?,
+            z: optional(z, |z| check.same("z", z, dims.x()))?,
+            dt_bias: optional(dt_bias, |bias| check.same_or_f32("dt_bias", bias, dims.heads()))?,
+            initial_states: optional(initial_states, |states| {
+                check.same_or_f32("initial_states", states, dims.states())
+            })?,
+            seq_idx: optional(seq_idx, |ids| check.int32("seq_idx", ids, dims.seq_idx()))?,
             dt_softplus,
             dt_limit,
         })
@@ -84,11 +78,16 @@ impl SsdInputs {
 }
 
 /// D, or its gradient: (nheads,) or (nheads, headdim).
-fn per_head_or_element(arg: &'static str, D: &TensorArg, dims: &SsdDims) -> Result<View<2>> {
+fn per_head_or_element(
+    check: &Checker,
+    arg: &'static str,
+    D: &TensorArg,
+    dims: &SsdDims,
+) -> Result<View<2>> {
     if D.shape().len() == 2 {
-        D.view_of(arg, [("nheads", dims.nheads), ("headdim", dims.headdim)])
+        check.same_or_f32(arg, D, [("nheads", dims.nheads), ("headdim", dims.headdim)])
     } else {
-        Ok(D.view_of(arg, dims.heads())?.expand_last(dims.headdim))
+        Ok(check.same_or_f32(arg, D, dims.heads())?.expand_last(dims.headdim))
     }
 }
 
@@ -111,45 +110,22 @@ pub struct SsdGradients {
 #[pyfunction]
 pub fn ssd_forward(
     py: Python<'_>,
-    x: TensorArg,
-    dt: TensorArg,
-    A: TensorArg,
-    B: TensorArg,
-    C: TensorArg,
-    D: Option<TensorArg>,
-    z: Option<TensorArg>,
-    dt_bias: Option<TensorArg>,
-    initial_states: Option<TensorArg>,
-    seq_idx: Option<TensorArg>,
+    tensors: SsdTensors,
     dt_softplus: bool,
     dt_limit: (f64, f64),
     out: TensorArg,
     final_states: Option<TensorArg>,
 ) -> PyResult<()> {
     run(py, |threads| {
-        let inputs = SsdInputs::new(
-            &x,
-            &dt,
-            &A,
-            &B,
-            &C,
-            D.as_ref(),
-            z.as_ref(),
-            dt_bias.as_ref(),
-            initial_states.as_ref(),
-            seq_idx.as_ref(),
-            dt_softplus,
-            dt_limit,
-        )?;
-        let check = Checker::new("x", &x)?;
+        let check = Checker::new("x", &tensors.0)?;
+        let inputs = SsdInputs::new(&check, &tensors, dt_softplus, dt_limit)?;
         let out = check.same("out", &out, inputs.dims.x())?;
-        let final_states = final_states
-            .as_ref()
-            .map(|states| check.accumulator("final_states", states, inputs.dims.states()))
-            .transpose()?;
-        match inputs.backend {
+        let final_states = optional(&final_states, |states| {
+            check.accumulator("final_states", states, inputs.dims.states())
+        })?;
+        match check.backend {
             Backend::Cpu => cpu::pool::install(threads, || {
-                with_accumulator!(inputs.dtype, T => {
+                with_accumulator!(check.dtype, T => {
                     cpu::ssd::forward::<T>(&inputs, &out, final_states.as_ref());
                 });
             }),
@@ -157,20 +133,11 @@ pub fn ssd_forward(
     })
 }
 
-/// Every gradient tensor that is given is written; dD, dz, ddt_bias, dinitial_states go with their arguments.
+/// Every gradient tensor that is given is written; those of optional arguments go with their arguments.
 #[pyfunction]
 pub fn ssd_backward(
     py: Python<'_>,
-    x: TensorArg,
-    dt: TensorArg,
-    A: TensorArg,
-    B: TensorArg,
-    C: TensorArg,
-    D: Option<TensorArg>,
-    z: Option<TensorArg>,
-    dt_bias: Option<TensorArg>,
-    initial_states: Option<TensorArg>,
-    seq_idx: Option<TensorArg>,
+    tensors: SsdTensors,
     dt_softplus: bool,
     dt_limit: (f64, f64),
     dout: Option<TensorArg>,
@@ -186,53 +153,31 @@ pub fn ssd_backward(
     dinitial_states: Option<TensorArg>,
 ) -> PyResult<()> {
     run(py, |threads| {
-        let inputs = SsdInputs::new(
-            &x,
-            &dt,
-            &A,
-            &B,
-            &C,
-            D.as_ref(),
-            z.as_ref(),
-            dt_bias.as_ref(),
-            initial_states.as_ref(),
-            seq_idx.as_ref(),
-            dt_softplus,
-            dt_limit,
-        )?;
-        let check = Checker::new("x", &x)?;
+        let check = Checker::new("x", &tensors.0)?;
+        let inputs = SsdInputs::new(&check, &tensors, dt_softplus, dt_limit)?;
         let dims = inputs.dims;
         let gradients = SsdGradients {
-            dout: dout.as_ref().map(|dout| check.same("dout", dout, dims.x())).transpose()?,
-            dfinal_states: dfinal_states
-                .as_ref()
-                .map(|states| check.accumulator("dfinal_states", states, dims.states()))
-                .transpose()?,
+            dout: optional(&dout, |dout| check.same("dout", dout, dims.x()))?,
+            dfinal_states: optional(&dfinal_states, |states| {
+                check.accumulator("dfinal_states", states, dims.states())
+            })?,
             dx: check.same("dx", &dx, dims.x())?,
             ddt: check.same_or_f32("ddt", &ddt, dims.dt())?,
             dA: check.same_or_f32("dA", &dA, dims.heads())?,
             dB: check.same("dB", &dB, dims.B())?,
             dC: check.same("dC", &dC, dims.B())?,
-            dD: dD
-                .as_ref()
-                .map(|dD| {
-                    check.expect_same_or_f32("dD", dD)?;
-                    per_head_or_element("dD", dD, &dims)
-                })
-                .transpose()?,
-            dz: dz.as_ref().map(|dz| check.same("dz", dz, dims.x())).transpose()?,
-            ddt_bias: ddt_bias
-                .as_ref()
-                .map(|bias| check.same_or_f32("ddt_bias", bias, dims.heads()))
-                .transpose()?,
-            dinitial_states: dinitial_states
-                .as_ref()
-                .map(|states| check.same_or_f32("dinitial_states", states, dims.states()))
-                .transpose()?,
+            dD: optional(&dD, |dD| per_head_or_element(&check, "dD", dD, &dims))?,
+            dz: optional(&dz, |dz| check.same("dz", dz, dims.x()))?,
+            ddt_bias: optional(&ddt_bias, |bias| {
+                check.same_or_f32("ddt_bias", bias, dims.heads())
+            })?,
+            dinitial_states: optional(&dinitial_states, |states| {
+                check.same_or_f32("dinitial_states", states, dims.states())
+            })?,
         };
-        match inputs.backend {
+        match check.backend {
             Backend::Cpu => cpu::pool::install(threads, || {
-                with_accumulator!(inputs.dtype, T => cpu::ssd::backward::<T>(&inputs, &gradients));
+                with_accumulator!(check.dtype, T => cpu::ssd::backward::<T>(&inputs, &gradients));
             }),
         }
     })

@@ -3,7 +3,7 @@
 use pyo3::prelude::*;
 
 use crate::cpu;
-use crate::dims::{Backend, Checker, StatePassingDims};
+use crate::dims::{Backend, Checker, StatePassingDims, optional};
 use crate::error::{Error, Result};
 use crate::ops::with_accumulator;
 use crate::tensor::{DType, TensorArg, View};
@@ -35,10 +35,9 @@ pub fn state_passing_forward(
         let dims = StatePassingDims::new(&states)?;
         let states = check.same("states", &states, dims.states())?;
         let decay = decay_view(&check, &decay, &dims)?;
-        let initial_states = initial_states
-            .as_ref()
-            .map(|initial| check.same_or_f32("initial_states", initial, dims.one_state()))
-            .transpose()?;
+        let initial_states = optional(&initial_states, |initial| {
+            check.same_or_f32("initial_states", initial, dims.one_state())
+        })?;
         let states_before = check.same("states_before", &states_before, dims.states())?;
         let final_states = check.accumulator("final_states", &final_states, dims.one_state())?;
         match check.backend {
@@ -73,20 +72,17 @@ pub fn state_passing_backward(
         let dims = StatePassingDims::new(&states_before)?;
         let states_before = check.same("states_before", &states_before, dims.states())?;
         let gradients = cpu::state_passing::Gradients {
-            dstates_before: dstates_before
-                .as_ref()
-                .map(|gradient| check.same("dstates_before", gradient, dims.states()))
-                .transpose()?,
-            dfinal_states: dfinal_states
-                .as_ref()
-                .map(|gradient| check.accumulator("dfinal_states", gradient, dims.one_state()))
-                .transpose()?,
+            dstates_before: optional(&dstates_before, |gradient| {
+                check.same("dstates_before", gradient, dims.states())
+            })?,
+            dfinal_states: optional(&dfinal_states, |gradient| {
+                check.accumulator("dfinal_states", gradient, dims.one_state())
+            })?,
             dstates: check.same("dstates", &dstates, dims.states())?,
             ddecay: decay_view(&check, &ddecay, &dims)?,
-            dinitial_states: dinitial_states
-                .as_ref()
-                .map(|gradient| check.same_or_f32("dinitial_states", gradient, dims.one_state()))
-                .transpose()?,
+            dinitial_states: optional(&dinitial_states, |gradient| {
+                check.same_or_f32("dinitial_states", gradient, dims.one_state())
+            })?,
         };
         let decay = decay_view(&check, &decay, &dims)?;
         match check.backend {

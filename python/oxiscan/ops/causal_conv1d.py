@@ -28,8 +28,9 @@ class _CausalConv1d(torch.autograd.Function):
         width = sizes("weight", weight, "dim", "width")[1]
         out = torch.empty_like(x)
         final_states = x.new_empty(batch, dim, max(width - 1, 0)) if return_final_states else None
-        _C.causal_conv1d_forward(x, weight, bias, seq_idx, initial_states, silu, out, final_states)
-        ctx.save_for_backward(x, weight, bias, seq_idx, initial_states)
+        tensors = (x, weight, bias, seq_idx, initial_states)
+        _C.causal_conv1d_forward(tensors, silu, out, final_states)
+        ctx.save_for_backward(*tensors)
         ctx.silu = silu
         ctx.set_materialize_grads(False)
         return out, final_states
@@ -37,23 +38,11 @@ class _CausalConv1d(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dfinal_states: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, bias, seq_idx, initial_states = ctx.saved_tensors
+        tensors = ctx.saved_tensors
+        x, weight, bias, _, initial_states = tensors
         dx, dweight = torch.empty_like(x), torch.empty_like(weight)
         dbias, dinitial_states = empty_like(bias), empty_like(initial_states)
-        _C.causal_conv1d_backward(
-            x,
-            weight,
-            bias,
-            seq_idx,
-            initial_states,
-            ctx.silu,
-            dout,
-            dfinal_states,
-            dx,
-            dweight,
-            dbias,
-            dinitial_states,
-        )
+        _C.causal_conv1d_backward(tensors, ctx.silu, dout, dfinal_states, dx, dweight, dbias, dinitial_states)
         return dx, dweight, dbias, None, dinitial_states, None, None
 
 

@@ -24,19 +24,20 @@ class _RMSNormGated(torch.autograd.Function):
         norm_before_gate: bool,
     ) -> Tensor:
         out = torch.empty_like(x)
-        _C.rmsnorm_gated_forward(x, weight, bias, z, eps, group_size, norm_before_gate, out)
-        ctx.save_for_backward(x, weight, bias, z)
-        ctx.options = eps, group_size, norm_before_gate
+        tensors, options = (x, weight, bias, z), (eps, group_size, norm_before_gate)
+        _C.rmsnorm_gated_forward(tensors, options, out)
+        ctx.save_for_backward(*tensors)
+        ctx.options = options
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, z = ctx.saved_tensors
+        tensors = ctx.saved_tensors
+        x, weight, bias, z = tensors
         dx, dweight = torch.empty_like(x), torch.empty_like(weight)
         dbias, dz = empty_like(bias), empty_like(z)
-        eps, group_size, norm_before_gate = ctx.options
-        _C.rmsnorm_gated_backward(x, weight, bias, z, eps, group_size, norm_before_gate, dout, dx, dweight, dbias, dz)
+        _C.rmsnorm_gated_backward(tensors, ctx.options, dout, dx, dweight, dbias, dz)
         return dx, dweight, dbias, dz, None, None, None
 
 

@@ -88,40 +88,17 @@ class _SplitConv1dScan(torch.autograd.Function):
         if options.return_final_conv_states:
             final_conv_states = zxbcdt.new_empty(batch, split.conv_dim, conv1d_weight.shape[1] - 1)
 
-        conv = torch.empty_like(xBC)
-        _C.causal_conv1d_forward(
-            xBC.transpose(1, 2),
-            conv1d_weight,
-            conv1d_bias,
-            seq_idx,
-            initial_conv_states,
-            options.silu,
-            conv.transpose(1, 2),
-            final_conv_states,
-        )
-        y = torch.empty_like(z)
+        conv, y = torch.empty_like(xBC), torch.empty_like(z)
+        conv_tensors = (xBC.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx, initial_conv_states)
+        _C.causal_conv1d_forward(conv_tensors, options.silu, conv.transpose(1, 2), final_conv_states)
         gate = split.heads(z) if rmsnorm_weight is None else None
         x, B, C = split.scan_operands(conv)
-        _C.ssd_forward(
-            x,
-            dt,
-            A,
-            B,
-            C,
-            D,
-            gate,
-            dt_bias,
-            initial_states,
-            seq_idx,
-            True,
-            options.dt_limit,
-            split.heads(y),
-            final_states,
-        )
+        scan_tensors = (x, dt, A, B, C, D, gate, dt_bias, initial_states, seq_idx)
+        _C.ssd_forward(scan_tensors, True, options.dt_limit, split.heads(y), final_states)
         out = y
         if rmsnorm_weight is not None:
             out = torch.empty_like(y)
-            _C.rmsnorm_gated_forward(y, rmsnorm_weight, None, z, *options.norm(), out)
+            _C.rmsnorm_gated_forward((y, rmsnorm_weight, None, z), options.norm(), out)
 
         ctx.save_for_backward(
             zxbcdt,
@@ -145,84 +122,44 @@ class _SplitConv1dScan(torch.autograd.Function):
     def backward(
         ctx: Any, dout: Tensor | None, dfinal_states: Tensor | None, dfinal_conv_states: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        (
-            zxbcdt,
-            conv1d_weight,
-            conv1d_bias,
-            dt_bias,
-            A,
-            D,
-            rmsnorm_weight,
-            initial_states,
-            initial_conv_states,
-            seq_idx,
-            y,
-        ) = ctx.saved_tensors
+        zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, rmsnorm_weight, *rest = ctx.saved_tensors
+        initial_states, initial_conv_states, seq_idx, y = rest
         options: _Options = ctx.options
         split = options.sizes
         z, xBC, dt = split.split(zxbcdt)
         dzxbcdt = torch.empty_like(zxbcdt)
         dz, dxBC, ddt = split.split(dzxbcdt)
-        dconv1d_weight, dA, dD, ddt_bias = (torch.empty_like(t) for t in (conv1d_weight, A, D, dt_bias))
-        dconv1d_bias, drmsnorm_weight = empty_like(conv1d_bias), None
-        dinitial_states, dinitial_conv_states = empty_like(initial_states), empty_like(initial_conv_states)
+        gate = dgate = None
+
+        dy, drmsnorm_weight = dout, None
+        if rmsnorm_weight is None:
+            gate, dgate = split.heads(z), split.heads(dz)
+        elif dout is None:
+            drmsnorm_weight = torch.zeros_like(rmsnorm_weight)
+            dz.zero_()
+        else:
+            dy, drmsnorm_weight = torch.empty_like(y), torch.empty_like(rmsnorm_weight)
+            norm_tensors = (y, rmsnorm_weight, None, z)
+            _C.rmsnorm_gated_backward(norm_tensors, options.norm(), dout, dy, drmsnorm_weight, None, dz)
 
         # The convolution is recomputed: cheaper than keeping its result from forward on.
-        conv = torch.empty_like(xBC)
-        _C.causal_conv1d_forward(
-            xBC.transpose(1, 2),
-            conv1d_weight,
-            conv1d_bias,
-            seq_idx,
-            initial_conv_states,
-            options.silu,
-            conv.transpose(1, 2),
-            None,
-        )
-        dy = dout
-        if rmsnorm_weight is not None:
-            if dout is None:
-                drmsnorm_weight = torch.zeros_like(rmsnorm_weight)
-                dz.zero_()
-            else:
-                dy, drmsnorm_weight = torch.empty_like(y), torch.empty_like(rmsnorm_weight)
-                norm = options.norm()
-                _C.rmsnorm_gated_backward(y, rmsnorm_weight, None, z, *norm, dout, dy, drmsnorm_weight, None, dz)
-        gate_in_scan = rmsnorm_weight is None
-        dconv = torch.empty_like(conv)
+        conv, dconv = torch.empty_like(xBC), torch.empty_like(xBC)
+        conv_tensors = (xBC.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx, initial_conv_states)
+        _C.causal_conv1d_forward(conv_tensors, options.silu, conv.transpose(1, 2), None)
+
         x, B, C = split.scan_operands(conv)
         dx, dB, dC = split.scan_operands(dconv)
-        _C.ssd_backward(
-            x,
-            dt,
-            A,
-            B,
-            C,
-            D,
-            split.heads(z) if gate_in_scan else None,
-            dt_bias,
-            initial_states,
-            seq_idx,
-            True,
-            options.dt_limit,
-            None if dy is None else split.heads(dy),
-            dfinal_states,
-            dx,
-            ddt,
-            dA,
-            dB,
-            dC,
-            dD,
-            split.heads(dz) if gate_in_scan else None,
-            ddt_bias,
-            dinitial_states,
-        )
+        dA, dD, ddt_bias = torch.empty_like(A), torch.empty_like(D), torch.empty_like(dt_bias)
+        dinitial_states = empty_like(initial_states)
+        scan_tensors = (x, dt, A, B, C, D, gate, dt_bias, initial_states, seq_idx)
+        scan_gradients = (dx, ddt, dA, dB, dC, dD, dgate, ddt_bias, dinitial_states)
+        dy = None if dy is None else split.heads(dy)
+        _C.ssd_backward(scan_tensors, True, options.dt_limit, dy, dfinal_states, *scan_gradients)
+
+        dconv1d_weight, dconv1d_bias = torch.empty_like(conv1d_weight), empty_like(conv1d_bias)
+        dinitial_conv_states = empty_like(initial_conv_states)
         _C.causal_conv1d_backward(
-            xBC.transpose(1, 2),
-            conv1d_weight,
-            conv1d_bias,
-            seq_idx,
-            initial_conv_states,
+            conv_tensors,
             options.silu,
             dconv.transpose(1, 2),
             dfinal_conv_states,
@@ -231,19 +168,8 @@ class _SplitConv1dScan(torch.autograd.Function):
             dconv1d_bias,
             dinitial_conv_states,
         )
-        return (
-            dzxbcdt,
-            dconv1d_weight,
-            dconv1d_bias,
-            ddt_bias,
-            dA,
-            dD,
-            drmsnorm_weight,
-            dinitial_states,
-            dinitial_conv_states,
-            None,
-            None,
-        )
+        parameters = (dconv1d_weight, dconv1d_bias, ddt_bias, dA, dD, drmsnorm_weight)
+        return dzxbcdt, *parameters, dinitial_states, dinitial_conv_states, None, None
 
 
 def _split_sizes(

@@ -37,7 +37,7 @@ class _ChunkScan(torch.autograd.Function):
         if return_final_states:
             final_states = x.new_empty(batch, nheads, headdim, dstate, dtype=acc_dtype(x))
         tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx)
-        _C.ssd_forward(*tensors, dt_softplus, dt_limit, out, final_states)
+        _C.ssd_forward(tensors, dt_softplus, dt_limit, out, final_states)
         ctx.save_for_backward(*tensors)
         ctx.options = dt_softplus, dt_limit
         ctx.set_materialize_grads(False)
@@ -48,9 +48,11 @@ class _ChunkScan(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dfinal_states: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors  # once: activation checkpointing unpacks each tensor a single time
         x, dt, A, B, C, D, z, dt_bias, initial_states, _ = tensors
-        gradients = [empty_like(t) for t in (x, dt, A, B, C, D, z, dt_bias, initial_states)]
-        arguments: list[Any] = [*tensors, *ctx.options, dout, dfinal_states, *gradients]
-        _C.ssd_backward(*arguments)
+        dt_softplus, dt_limit = ctx.options
+        dx, ddt, dA, dB, dC = (torch.empty_like(t) for t in (x, dt, A, B, C))
+        dD, dz, ddt_bias, dinitial_states = (empty_like(t) for t in (D, z, dt_bias, initial_states))
+        gradients = (dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_states)
+        _C.ssd_backward(tensors, dt_softplus, dt_limit, dout, dfinal_states, *gradients)
         return *gradients, None, None, None, None
 
 
