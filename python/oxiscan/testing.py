@@ -23,8 +23,9 @@ TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
 
 def relative_rms(actual: Tensor, expected: Tensor) -> float:
     """RMS of actual - expected over RMS of expected, in float64. Zero where both are zero, NaN where either has one."""
-    error = (actual.double() - expected.double()).norm()
-    return 0.0 if error == 0 else float(error / expected.double().norm())
+    actual, expected = actual.detach().double(), expected.detach().double()
+    error = (actual - expected).norm()
+    return 0.0 if error == 0 else float(error / expected.norm())
 
 
 def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:
