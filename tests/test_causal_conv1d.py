@@ -42,8 +42,9 @@ def test_batch_and_dim(batch, dim, device):
 
 @pytest.mark.parametrize("activation", [None, "silu", "swish"])
 @pytest.mark.parametrize("return_final_states", [False, True])
-def test_options(activation, return_final_states, device):
-    tensors = inputs.conv(optional=False, dtype=torch.float64, device=device)
+@pytest.mark.parametrize("seqlen", [0, 131])
+def test_options(activation, return_final_states, seqlen, device):
+    tensors = inputs.conv(optional=False, seqlen=seqlen, dtype=torch.float64, device=device)
     compare_conv(tensors, activation=activation, return_final_states=return_final_states)
 
 

@@ -60,7 +60,15 @@ def run(
         output_gradients = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in outputs]
     names = [k for k, t in leaves.items() if t.requires_grad]
     wanted = [leaves[k] for k in names]
-    gradients = torch.autograd.grad(outputs, wanted, output_gradients, allow_unused=True, materialize_grads=True)
+    # An output that no argument reaches (a final state of no tokens) passes no gradient on.
+    reached = [pair for pair in zip(outputs, output_gradients, strict=True) if pair[0].requires_grad]
+    gradients = torch.autograd.grad(
+        [output for output, _ in reached],
+        wanted,
+        [gradient for _, gradient in reached],
+        allow_unused=True,
+        materialize_grads=True,
+    )
     values = {f"out{i}": t.detach() for i, t in enumerate(outputs)}
     return values | {f"d{k}": t for k, t in zip(names, gradients, strict=True)}
 
