@@ -30,6 +30,15 @@ impl DType {
         }
     }
 
+    /// Bytes an element.
+    pub fn size(self) -> usize {
+        match self {
+            DType::F64 => 8,
+            DType::F32 | DType::I32 => 4,
+            DType::BF16 | DType::F16 => 2,
+        }
+    }
+
     /// The dtype that results and states are accumulated in.
     pub fn accumulator(self) -> DType {
         if self == DType::F64 { DType::F64 } else { DType::F32 }
@@ -79,7 +88,7 @@ macro_rules! with_element {
 
 /// One tensor argument: where it lies and how, nothing owned.
 ///
-/// It is valid for the duration of the call it was passed to. Two arguments may alias only if the op says so.
+/// It is valid for the duration of the call it was passed to.
 #[derive(Clone, Debug)]
 pub struct TensorArg {
     ptr: *mut u8,
@@ -191,16 +200,24 @@ impl TensorArg {
         })
     }
 
-    /// Fail where two indices reach the same element, as in an expanded tensor: nothing can be written there.
+    /// Fail unless each stride steps over all that the smaller ones reach: then no two indices reach the same element,
+    /// and tasks can write in place side by side.
     pub fn expect_writable(&self, arg: &'static str) -> Result<()> {
-        let overlapping =
-            (0..self.ndim).any(|axis| self.shape[axis] > 1 && self.strides[axis] == 0);
-        if overlapping {
+        let mut axes: Vec<_> =
+            self.strides.iter().zip(self.shape()).filter(|(_, size)| **size > 1).collect();
+        axes.sort();
+        let mut reach = 0;
+        let mut overlapping = false;
+        for (&stride, &size) in axes {
+            overlapping |= stride <= reach;
+            reach += stride * (size as isize - 1);
+        }
+        if overlapping && !self.shape().contains(&0) {
             return Err(Error::Value {
                 arg,
                 got: format!("strides {:?}", &self.strides[..self.ndim]),
                 allowed:
-                    "a tensor without expanded (stride 0) dimensions, as it is written in place"
+                    "a tensor whose elements are apart in memory (not expanded), as it is written"
                         .into(),
             });
         }
@@ -413,20 +430,12 @@ impl Rows {
             rest /= size;
         }
         assert_eq!(rest, 0, "a row outside its tensor");
-        let bytes = offset * self.dtype_size();
+        let bytes = offset * self.dtype.size() as isize;
         View {
             ptr: self.ptr.wrapping_offset(bytes),
             dtype: self.dtype,
             shape: [self.len],
             strides: [self.stride],
-        }
-    }
-
-    fn dtype_size(&self) -> isize {
-        match self.dtype {
-            DType::F64 => 8,
-            DType::F32 | DType::I32 => 4,
-            DType::BF16 | DType::F16 => 2,
         }
     }
 }

@@ -73,6 +73,16 @@ impl<'py> FromPyObject<'_, 'py> for TensorArg {
             return Ok(TensorArg::refused(format!("{ndim} dimensions"), allowed));
         }
         let data = object.call_method0(intern!(py, "data_ptr"))?.extract::<usize>()?;
+        // DTensor, FakeTensor and other subclasses are tensors whose memory, if any, is elsewhere.
+        let is_empty = object.call_method0(intern!(py, "numel"))?.extract::<usize>()? == 0;
+        if device == Device::Cpu && data == 0 && !is_empty {
+            let got = format!("a {} without memory of its own", object.get_type().name()?);
+            return Ok(TensorArg::refused(got, "a plain torch.Tensor".into()));
+        }
+        if data % dtype.size() != 0 {
+            let allowed = format!("data aligned to {} bytes", dtype.size());
+            return Ok(TensorArg::refused(format!("data at {data:#x}"), allowed));
+        }
         let mut arg = TensorArg::new(data as *mut u8, *dtype, device, ndim);
         for axis in 0..ndim {
             let size = shape.get_item(axis)?.extract()?;

@@ -74,6 +74,10 @@ ERRORS = [
     (ssd(seq_idx=torch.zeros(2, 6, dtype=torch.int64)), TypeError, "seq_idx: got torch.int64; allowed: .*int32"),
     (ssd(seq_idx=torch.zeros(2, 6)), TypeError, "seq_idx: got float32; allowed: int32"),
     (ssd(dt_limit=(1.0, 0.5)), ValueError, r"dt_limit: got \(1.0, 0.5\); allowed: \(low, high\) with low <= high"),
+    (ssd(dt_limit=None), TypeError, r"dt_limit: got None; allowed: \(low, high\)"),
+    (ssd(dt_limit=(0.0, "1")), TypeError, "dt_limit: got '1'; allowed: a number"),
+    (ssd(chunk_size=1.5), TypeError, "chunk_size: got 1.5; allowed: a whole number"),
+    (ssd(state_dtype=torch.int32), TypeError, "state_dtype: got torch.int32; allowed: None or a floating"),
     (ssd(chunk_size=0), ValueError, "chunk_size: got 0; allowed: >= 1"),
     (ssd(cu_seqlens=torch.zeros(2)), NotImplementedError, "cu_seqlens: not supported yet"),
     (ssd(return_varlen_states=True), NotImplementedError, "return_varlen_states: not supported yet"),
@@ -89,10 +93,15 @@ ERRORS = [
     (conv(activation="gelu"), ValueError, "activation: got 'gelu'; allowed: None"),
     (conv(cu_seqlens=torch.zeros(2)), NotImplementedError, "cu_seqlens: not supported yet"),
     (conv(return_final_states=True, final_states_out=torch.ones(2, 5, 2)), ValueError, "final_states_out: got shape"),
+    (conv(return_final_states=True, final_states_out=torch.ones(2, 5, 3).half()), TypeError, "final_states_out"),
+    (conv(return_final_states=True, final_states_out=[1]), TypeError, "final_states_out: got list"),
     (norm(weight=torch.ones(7)), ValueError, r"weight: got shape \(7,\); allowed: \(dim\) = \(8,\)"),
     (norm(z=torch.ones(3, 7)), ValueError, r"z: got shape \(3, 7\); allowed: \(3, 8\)"),
     (norm(z=torch.ones(3, 8).half()), TypeError, "z: got float16; allowed: float32"),
     (norm(group_size=3), ValueError, "group_size: got 3; allowed: a divisor of dim = 8"),
+    (norm(x=[1.0]), TypeError, "x: got list; allowed: torch.Tensor"),
+    (norm(group_size=-1), ValueError, "group_size: got -1; allowed"),
+    (norm(eps="a"), TypeError, "eps: got 'a'; allowed: a number"),
     (norm(group_size=0), ValueError, "group_size: got 0; allowed"),
     (norm(eps=-1.0), ValueError, "eps: got -1; allowed: eps >= 0"),
     (norm(x=torch.ones([1] * 8 + [8])), TypeError, "x: got 9 dimensions; allowed: at most 8"),
@@ -102,6 +111,15 @@ ERRORS = [
     (split(D=torch.ones(4)), ValueError, "headdim: got None with D of shape"),
     (split(ngroups=3), ValueError, "ngroups: got 3; allowed: a divisor of nheads = 4"),
     (split(conv1d_weight=torch.ones(70, 4)), ValueError, "conv1d_weight: got 70 channels; allowed: dim"),
+    (split(conv1d_weight=torch.ones(72, 9)), ValueError, "conv1d_weight: got width = 9; allowed: width from 2 to 8"),
+    (split(conv1d_weight=torch.ones(72, 4).half()), TypeError, "conv1d_weight: got float16; allowed: float32"),
+    (split(conv1d_bias=torch.ones(71)), ValueError, r"conv1d_bias: got shape \(71,\); allowed: "),
+    (split(initial_conv_states=torch.ones(2, 72, 4)), ValueError, r"initial_conv_states: got shape \(2, 72, 4\)"),
+    (split(rmsnorm_weight=torch.ones(31)), ValueError, r"rmsnorm_weight: got shape \(31,\); allowed: \(dim\) ="),
+    (split(rmsnorm_eps=-1.0), ValueError, "rmsnorm_eps: got -1.0; allowed: rmsnorm_eps >= 0"),
+    (split(outproj_weight=torch.ones(5, 31)), ValueError, r"outproj_weight: got shape \(5, 31\)"),
+    (split(zxbcdt=torch.ones(2, 6, 108, dtype=torch.int32)), TypeError, "zxbcdt: got int32; allowed: float32"),
+    (split(D=None, headdim=8), TypeError, "D: got NoneType; allowed: torch.Tensor"),
     (split(outproj_bias=torch.ones(5)), ValueError, "outproj_bias: got a tensor without outproj_weight"),
     (split(cu_seqlens=torch.zeros(2)), NotImplementedError, "cu_seqlens: not supported yet"),
     (conv_update(x=torch.ones(2, 5, 2)), NotImplementedError, "x: got 2 tokens; allowed: one token"),
@@ -115,6 +133,8 @@ ERRORS = [
     (state_update(B=torch.ones(2, 3, 6)), ValueError, "B: got ngroups = 3; allowed: a divisor of nheads = 4"),
     (state_update(state=torch.ones(2, 4, 3)), ValueError, "state: got shape"),
     (state_update(state=torch.ones(1, 4, 3, 6).expand(2, 4, 3, 6)), ValueError, "state: got strides"),
+    (state_update(state=torch.ones(4096).as_strided((2, 4, 3, 6), (8, 1, 2, 3))), ValueError, "state: got strides"),
+    (state_update(x=torch.ones(2, 3)), ValueError, r"state: got shape \(2, 4, 3, 6\); allowed: 3 dimensions"),
     (state_update(state_batch_indices=torch.zeros(2)), NotImplementedError, "state_batch_indices: not supported yet"),
     (passing(states=torch.ones(2, 3, 4, 5)), ValueError, "states: got shape"),
     (passing(decay=torch.ones(2, 3, 5)), ValueError, "decay: got shape"),
@@ -149,6 +169,26 @@ def test_a_lazily_negated_view_is_refused():
     assert negated.is_neg()
     with pytest.raises(TypeError, match="x: got a lazily negated view; allowed: tensor.resolve_neg"):
         oxiscan.rmsnorm_gated(negated, torch.ones(8))
+
+
+def test_a_tensor_without_memory_is_refused():
+    class Wrapper(torch.Tensor):  # as DTensor is one
+        @classmethod
+        def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+            return torch.ones(3, 8)
+
+    wrapper = torch.Tensor._make_wrapper_subclass(Wrapper, (3, 8))
+    with pytest.raises(TypeError, match="x: got a Wrapper without memory of its own; allowed: a plain"):
+        oxiscan.rmsnorm_gated(wrapper, torch.ones(8))
+    zeros = torch._efficientzerotensor((3, 8))
+    with pytest.raises(TypeError, match="x: got a Tensor without memory of its own"):
+        oxiscan.rmsnorm_gated(zeros, torch.ones(8))
+
+
+def test_misaligned_memory_is_refused():
+    x = torch.frombuffer(bytearray(33), dtype=torch.float32, count=8, offset=1)
+    with pytest.raises(TypeError, match="x: got data at .*; allowed: data aligned to 4 bytes"):
+        oxiscan.rmsnorm_gated(x, torch.ones(8))
 
 
 @pytest.mark.parametrize("name", oxiscan.ops.__all__)

@@ -6,7 +6,7 @@ import torch
 import inputs
 import oxiscan
 from oxiscan import reference
-from oxiscan.testing import assert_close, compare, run
+from oxiscan.testing import TOLERANCES, assert_close, compare, run
 
 OPTIONS = {"activation": "silu", "return_final_states": True}
 
@@ -161,16 +161,19 @@ def test_final_states_out_is_written_and_differentiable(device):
 
 def test_bits_do_not_depend_on_run_batch_or_threads(device):
     tensors = inputs.conv(batch=3, seqlen=300, dtype=torch.float32, device=device)
-    first = run(oxiscan.causal_conv1d_fn, tensors, OPTIONS)
+    gradients = [torch.randn(3, 70, 300), torch.randn(3, 70, 3)]
+    first = run(oxiscan.causal_conv1d_fn, tensors, OPTIONS, gradients)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 1)
-        again = run(oxiscan.causal_conv1d_fn, tensors, OPTIONS)
+        again = run(oxiscan.causal_conv1d_fn, tensors, OPTIONS, gradients)
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(first[name], again[name]) for name in first)
     alone = tensors | {name: tensors[name][1:2] for name in ("x", "initial_states")}
-    assert torch.equal(first["out0"][1:2], run(oxiscan.causal_conv1d_fn, alone, OPTIONS)["out0"])
+    single = run(oxiscan.causal_conv1d_fn, alone, OPTIONS, [g[1:2] for g in gradients])
+    for name in ("out0", "out1", "dx", "dinitial_states"):
+        assert torch.equal(first[name][1:2], single[name]), name
 
 
 @pytest.mark.parametrize("op", [oxiscan.causal_conv1d_fn, reference.causal_conv1d_fn])
@@ -198,8 +201,19 @@ def test_update(dtype, state_len, dims, device):
     )
     out = oxiscan.causal_conv1d_update(x, state, *args)
     assert out.shape == x.shape and out.dtype == dtype
-    assert_close("out", out, expected, 1.2e-2 if dtype == torch.bfloat16 else 3e-3 if dtype == torch.float16 else 2e-5)
+    assert_close("out", out, expected, TOLERANCES[dtype][0])
     assert torch.equal(state.double(), expected_state)
+
+
+def test_update_is_noticed_by_autograd(device):
+    weight = torch.ones(5, 4, device=device, requires_grad=True)
+    state = torch.ones(2, 5, 4, device=device)
+    loss = (weight * state).sum()
+    oxiscan.causal_conv1d_update(torch.ones(2, 5, device=device), state, weight)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with torch.inference_mode():
+        oxiscan.causal_conv1d_update(torch.ones(2, 5, device=device), state.clone(), weight)
 
 
 def test_update_of_a_strided_state(device):

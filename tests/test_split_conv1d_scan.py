@@ -25,17 +25,38 @@ def test_float64_and_float32(dtype, norm, norm_before_gate, seq_idx, device):
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("norm_before_gate", [False, True])
 def test_half_precision(dtype, norm, norm_before_gate, device):
-    # The convolution's and the scan's results are tensors of x's dtype, so gradients that are small sums of large
-    # terms lose more than one rounding. The bound there is what the same roundings cost in plain torch.
+    # The convolution's and the scan's results are tensors of x's dtype, so dA, a small sum of large terms, loses more
+    # than one rounding. Its bound is what the same roundings cost in plain torch.
     tensors = inputs.split_conv1d_scan(norm=norm, dtype=dtype, parameters=torch.float32, device=device)
     options = OPTIONS | {"norm_before_gate": norm_before_gate}
-    rounded = run(REFERENCE, tensors, options)
-    exact = run(REFERENCE, {k: t.double() for k, t in tensors.items()}, options)
-    bounds = {
-        name: max(TOLERANCES[dtype][0 if name.startswith("out") else 1], 1.15 * relative_rms(value, exact[name]))
-        for name, value in rounded.items()
-    }
+    rounded = run(REFERENCE, tensors, options)["dA"]
+    exact = run(REFERENCE, {k: t.double() for k, t in tensors.items()}, options)["dA"]
+    bounds = {"dA": max(TOLERANCES[dtype][1], 1.15 * relative_rms(rounded, exact))}
     compare(OP, REFERENCE, tensors, options, bounds)
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_batch_and_negative_ids(batch, device):
+    tensors = inputs.split_conv1d_scan(batch=batch, seq_idx=True, dtype=torch.float64, device=device)
+    tensors["seq_idx"] -= 1
+    compare(OP, REFERENCE, tensors, OPTIONS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_do_not_depend_on_run_or_batch(dtype, device):
+    tensors = inputs.split_conv1d_scan(batch=3, norm=True, seq_idx=True, dtype=dtype, device=device)
+    gradients = [
+        torch.randn(3, 75, 32).to(dtype),
+        torch.randn(3, 4, 8, 10),
+        torch.randn(3, 72, 3).to(dtype),
+    ]
+    first, again = (run(OP, tensors, OPTIONS, gradients) for _ in range(2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    by_sequence = ("zxbcdt", "initial_states", "initial_conv_states", "seq_idx")
+    alone = {name: t[1:2] if name in by_sequence else t for name, t in tensors.items()}
+    single = run(OP, alone, OPTIONS, [g[1:2] for g in gradients])
+    for name in ("out0", "out1", "out2", "dzxbcdt", "dinitial_states", "dinitial_conv_states"):
+        assert torch.equal(first[name][1:2], single[name]), name
 
 
 @pytest.mark.parametrize("seqlen", [0, 1, 2, 3, 64, 65])
@@ -47,6 +68,15 @@ def test_seqlen(seqlen, device):
 def test_output_projection(norm, device):
     tensors = inputs.split_conv1d_scan(norm=norm, outproj=True, dtype=torch.float64, device=device)
     compare(OP, REFERENCE, tensors, OPTIONS)
+
+
+def test_float32_output_projection_of_a_narrower_result(device):
+    tensors = inputs.split_conv1d_scan(outproj=True, dtype=torch.bfloat16, device=device)
+    for name in ("outproj_weight", "outproj_bias"):
+        tensors[name] = tensors[name].float()
+    out = OP(**tensors, chunk_size=32, ngroups=2)
+    assert out.dtype == torch.bfloat16
+    assert_close("out", out, REFERENCE(**{k: t.double() for k, t in tensors.items()}, chunk_size=32, ngroups=2), 1.2e-2)
 
 
 def test_output_projection_follows_autocast(device):

@@ -165,6 +165,36 @@ def test_documents_do_not_leak(device):
         assert torch.equal(before["dinitial_states"], after["dinitial_states"]) == (begin != 0)
 
 
+@pytest.mark.parametrize("name", ["x", "dt", "B", "C", "z"])
+def test_a_nan_stays_in_its_document(name, device):
+    tensors = inputs.ssd(batch=1, seqlen=160, dtype=torch.float32, device=device)
+    seq_idx = torch.zeros(1, 160, dtype=torch.int32, device=device)
+    seq_idx[:, 30:100] = 1
+    tensors["seq_idx"] = seq_idx
+    before = run(oxiscan.mamba_chunk_scan_combined, tensors, OPTIONS)
+    changed = tensors | {name: tensors[name].clone()}
+    changed[name][:, 70] = float("nan")
+    after = run(oxiscan.mamba_chunk_scan_combined, changed, OPTIONS)
+    assert after["out0"][:, 70].isnan().any()
+    for result in ("out0", "dx", "ddt", "dB", "dC", "dz"):
+        for part in (slice(0, 30), slice(100, 160)):
+            assert torch.equal(before[result][:, part], after[result][:, part]), result
+    for result in ("out1", "dinitial_states"):
+        assert torch.equal(before[result], after[result]), result
+
+
+def test_negative_ids_are_documents_like_any_other(device):
+    tensors = inputs.ssd(seqlen=80, seq_idx=True, dtype=torch.float64, device=device)
+    tensors["seq_idx"] -= 1
+    compare_ssd(tensors)
+
+
+def test_softplus_above_its_linear_bound(device):
+    tensors = inputs.ssd(seqlen=20, dtype=torch.float64, decay=0.01, device=device)
+    tensors["dt"] = tensors["dt"] + 20.0
+    compare_ssd(tensors)
+
+
 def test_packed_documents_equal_documents_alone(device):
     tensors = inputs.ssd(batch=1, seqlen=150, optional=False, dtype=torch.float64, device=device)
     bounds = [0, 1, 70, 150]

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+#: The dtypes that ops compute on.
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 
 def sizes(name: str, tensor: Tensor, *dims: str) -> torch.Size:
     """The shape of `tensor`, which must have the dimensions `dims`."""
@@ -12,6 +15,18 @@ def sizes(name: str, tensor: Tensor, *dims: str) -> torch.Size:
         allowed = f"{len(dims)} dimensions ({', '.join(dims)})"
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}; allowed: {allowed}")
     return tensor.shape
+
+
+def check(name: str, tensor: Tensor | None, dims: dict[str, int], *dtypes: torch.dtype) -> None:
+    """Refuse a tensor, where there is one, whose sizes are not those of `dims` or whose dtype is not in `dtypes`."""
+    if tensor is None:
+        return
+    if sizes(name, tensor, *dims) != torch.Size(dims.values()):
+        allowed = f"({', '.join(dims)}) = {tuple(dims.values())}"
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}; allowed: {allowed}")
+    if tensor.dtype not in dtypes:
+        allowed = " or ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise TypeError(f"{name}: got {str(tensor.dtype).removeprefix('torch.')}; allowed: {allowed}")
 
 
 def acc_dtype(x: Tensor) -> torch.dtype:
@@ -26,10 +41,31 @@ def is_silu(activation: str | None) -> bool:
     return activation is not None
 
 
-def check_chunk_size(chunk_size: int) -> None:
-    """Refuse a chunk_size below 1."""
+def number(name: str, value: float) -> float:
+    """`value` as a float; anything that is not a number is refused."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {value!r}; allowed: a number")
+    return float(value)
+
+
+def limits(name: str, value: tuple[float, float]) -> tuple[float, float]:
+    """`value` as a pair of floats, low <= high."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{name}: got {value!r}; allowed: (low, high)")
+    low, high = number(name, value[0]), number(name, value[1])
+    if not low <= high:
+        raise ValueError(f"{name}: got ({low}, {high}); allowed: (low, high) with low <= high")
+    return low, high
+
+
+def check_chunks(chunk_size: int, state_dtype: torch.dtype | None) -> None:
+    """Refuse a chunk_size that is not a whole number from 1 on, a state_dtype that is not a floating dtype or None."""
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
+        raise TypeError(f"chunk_size: got {chunk_size!r}; allowed: a whole number")
     if chunk_size < 1:
         raise ValueError(f"chunk_size: got {chunk_size}; allowed: >= 1")
+    if state_dtype is not None and not (isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point):
+        raise TypeError(f"state_dtype: got {state_dtype!r}; allowed: None or a floating torch.dtype")
 
 
 def not_yet(**arguments: object) -> None:

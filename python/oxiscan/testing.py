@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._arguments import acc_dtype
+
 #: Allowed relative RMS error against the float64 reference, (outputs, gradients), by the dtype of the inputs.
 #: float64: a few hundred roundings of 1e-16, amplified by cancellation. float32: sums of some hundred terms of 6e-8
 #: each, with the decay sums in float64; gradients pass through about twice as many. bfloat16 and float16: the result is
@@ -105,6 +107,9 @@ def compare(
     expected = run(reference, exact, options, gradients)
     for name, value in actual.items():
         if name.startswith("out"):
+            allowed = (dtype,) if name == "out0" else (dtype, acc_dtype(next(iter(tensors.values()))))
+            if value.dtype not in allowed:
+                raise AssertionError(f"{name}: {value.dtype}, expected {' or '.join(map(str, allowed))}")
             default = TOLERANCES[dtype][0]
         else:
             argument = tensors[name[1:]].dtype

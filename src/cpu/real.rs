@@ -5,6 +5,9 @@ use std::ops::{AddAssign, MulAssign, SubAssign};
 use half::{bf16, f16};
 use num_traits::Float;
 
+/// Above this softplus is the identity, as torch's.
+pub const SOFTPLUS_LINEAR: f32 = 20.0;
+
 /// The type an op computes and accumulates in.
 pub trait Real:
     Float + AddAssign + SubAssign + MulAssign + Default + Send + Sync + std::fmt::Debug + 'static
@@ -37,10 +40,10 @@ pub trait Real:
         sigmoid * (Self::one() + self * (Self::one() - sigmoid))
     }
 
-    /// ln(1 + e^self), linear above 20 as torch's.
+    /// ln(1 + e^self).
     #[inline(always)]
     fn softplus(self) -> Self {
-        if self > Self::from_f32(20.0) { self } else { self.exp().ln_1p() }
+        if self > Self::from_f32(SOFTPLUS_LINEAR) { self } else { self.exp().ln_1p() }
     }
 }
 

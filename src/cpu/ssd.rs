@@ -28,11 +28,13 @@
 //! ddt = E . X + A da      dA = sum_t dt da
 //! ```
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use crate::cpu::documents::Documents;
 use crate::cpu::matmul::{Mat, matmul};
-use crate::cpu::real::{Real, dot};
+use crate::cpu::real::{Real, SOFTPLUS_LINEAR, dot};
 use crate::dims::SsdDims;
 use crate::ops::ssd::{SsdGradients, SsdInputs};
 use crate::tensor::View;
@@ -68,6 +70,21 @@ struct Decays<T> {
     u: [T; TILE],
     w: [T; TILE],
     g: T,
+    /// How many tokens belong to the document that began before the tile: beyond, u is 0.
+    entered: usize,
+    /// The first token of the document that reaches the tile's end: before, w is 0.
+    last: usize,
+}
+
+impl<T> Decays<T> {
+    /// The tile's documents. Products go document by document, so that not even a NaN of one reaches another.
+    fn documents(&self) -> impl Iterator<Item = Range<usize>> {
+        let starts = |&t: &usize| t == 0 || self.first[t] == t;
+        (0..self.n).filter(starts).map(|start| {
+            let next = (start + 1..self.n).find(|&t| self.first[t] == t);
+            start..next.unwrap_or(self.n)
+        })
+    }
 }
 
 impl<'a, T: Real> Shared<'a, T> {
@@ -125,6 +142,8 @@ impl<'a, T: Real> Shared<'a, T> {
             u: [T::zero(); TILE],
             w: [T::zero(); TILE],
             g: T::zero(),
+            entered: 0,
+            last: 0,
         };
         decays.dt.copy_from_slice(&self.dt[at..at + TILE]);
         decays.l.copy_from_slice(&self.l[at..at + TILE]);
@@ -136,12 +155,14 @@ impl<'a, T: Real> Shared<'a, T> {
             let start = self.documents.start(b, begin + t);
             decays.first[t] = start.saturating_sub(begin);
             if entered(start) {
+                decays.entered = t + 1;
                 decays.u[t] = T::from_f64(decays.l[t]).fast_exp();
             }
             if start == last {
                 decays.w[t] = T::from_f64(total - decays.l[t]).fast_exp();
             }
         }
+        decays.last = last.saturating_sub(begin);
         if entered(last) {
             decays.g = T::from_f64(total).fast_exp();
         }
@@ -198,7 +219,7 @@ fn discretize_grad<T: Real>(inputs: &SsdInputs, h: usize, raw: T) -> T {
     let (low, high) = (T::from_f64(inputs.dt_limit.0), T::from_f64(inputs.dt_limit.1));
     if dt < low || dt > high {
         T::zero()
-    } else if inputs.dt_softplus {
+    } else if inputs.dt_softplus && biased <= T::from_f32(SOFTPLUS_LINEAR) {
         biased.sigmoid()
     } else {
         T::one()
@@ -240,10 +261,27 @@ fn scaled_rows<T: Real>(dst: &mut [T], src: &[T], cols: usize, factor: impl Fn(u
     }
 }
 
-/// Y += M X + D X, where y holds u C H^T on entry.
-fn add_intra_tile<T: Real>(y: &mut [T], m: &[T], x: &[T], D: Option<&[T]>, n: usize) {
-    let headdim = x.len() / n;
-    matmul(y, T::one(), Mat::new(m, n, n), Mat::new(x, n, headdim));
+/// y = u C H^T + M X + D X.
+fn scan_output<T: Real>(
+    y: &mut [T],
+    m: &[T],
+    x: &[T],
+    C: &[T],
+    H: Mat<'_, T>,
+    D: Option<&[T]>,
+    decays: &Decays<T>,
+) {
+    let (n, entered) = (decays.n, decays.entered);
+    let (headdim, dstate) = (x.len() / n, C.len() / TILE);
+    let (inside, outside) = y.split_at_mut(entered * headdim);
+    matmul(inside, T::zero(), Mat::new(C, entered, dstate), H.t());
+    simd!(scale_rows(inside, headdim, &decays.u));
+    outside.fill(T::zero());
+    for tokens in decays.documents() {
+        let rows = tokens.start * headdim..tokens.end * headdim;
+        let X = Mat::new(&x[rows.clone()], tokens.len(), headdim);
+        matmul(&mut y[rows], T::one(), Mat::diagonal_block(m, n, tokens), X);
+    }
     if let Some(D) = D {
         simd!({
             for (y, x) in y.chunks_exact_mut(headdim).zip(x.chunks_exact(headdim)) {
@@ -314,9 +352,7 @@ fn forward_head<T: Real>(
                 }
             }
         });
-        matmul(y, T::zero(), Mat::new(C, n, dstate), Mat::new(&state, headdim, dstate).t());
-        simd!(scale_rows(y, headdim, &decays.u));
-        add_intra_tile(y, &m, x, D.as_deref(), n);
+        scan_output(y, &m, x, C, Mat::new(&state, headdim, dstate), D.as_deref(), &decays);
         simd!({
             if let Some(gate) = &inputs.z {
                 let z = &mut z[..n * headdim];
@@ -336,16 +372,18 @@ fn forward_head<T: Real>(
 
 /// H = g H + X^T (dt w B); x is overwritten.
 fn carry_state<T: Real>(state: &mut [T], x: &mut [T], B: &[T], decays: &Decays<T>) {
-    let n = decays.n;
+    let (n, last) = (decays.n, decays.last);
     let (headdim, dstate) = (x.len() / n, B.len() / TILE);
+    let x = &mut x[last * headdim..];
     simd!({
         for (t, row) in x.chunks_exact_mut(headdim).enumerate() {
             for value in row {
-                *value *= decays.dt[t] * decays.w[t];
+                *value *= decays.dt[last + t] * decays.w[last + t];
             }
         }
     });
-    matmul(state, decays.g, Mat::new(x, n, headdim).t(), Mat::new(B, n, dstate));
+    let B = Mat::new(&B[last * dstate..], n - last, dstate);
+    matmul(state, decays.g, Mat::new(x, n - last, headdim).t(), B);
 }
 
 /// dY = dout silu(z) of a tile; zero without dout.
@@ -465,14 +503,15 @@ fn walk_states<T: Real>(
     for tile in (0..shared.ntiles).rev() {
         G[tile * state_size..][..state_size].copy_from_slice(&state);
         let decays = simd!(shared.decays(b, h, tile));
-        let n = decays.n;
+        let (n, entered) = (decays.n, decays.entered);
         let dy = &mut rows[..n * headdim];
         simd!({
             load_dy(inputs, gradients, [b, tile * TILE, h, 0], dy, &mut z);
             scale_rows(dy, headdim, &decays.u);
         });
         let C = shared.group(b, group, tile).1;
-        matmul(&mut state, decays.g, Mat::new(dy, n, headdim).t(), Mat::new(C, n, dstate));
+        let dY = Mat::new(dy, entered, headdim);
+        matmul(&mut state, decays.g, dY.t(), Mat::new(C, entered, dstate));
     }
     if let Some(dinitial) = &gradients.dinitial_states {
         dinitial.store_tile([b, h, 0, 0], (2, headdim), (3, dstate), &state);
@@ -548,18 +587,18 @@ fn backward_tile<T: Real>(
         });
 
         if let (Some(dz), Some(_)) = (&gradients.dz, &inputs.z) {
-            let y = &mut rows;
-            matmul(y, T::zero(), Mat::new(C, n, dstate), H_mat.t());
-            let M = &mut dM;
+            let (y, M) = (&mut rows, &mut dM);
             simd!({
-                scale_rows(y, headdim, &decays.u);
-                for (M, P) in M.chunks_exact_mut(n).zip(P.chunks_exact(n)) {
-                    for ((M, &P), &dt) in M.iter_mut().zip(P).zip(&decays.dt) {
+                for (t, (M, P)) in M.chunks_exact_mut(n).zip(P.chunks_exact(n)).enumerate() {
+                    M.fill(T::zero());
+                    let tokens = decays.first[t]..t + 1;
+                    let factors = P[tokens.clone()].iter().zip(&decays.dt[tokens.clone()]);
+                    for (M, (&P, &dt)) in M[tokens].iter_mut().zip(factors) {
                         *M = P * dt;
                     }
                 }
             });
-            add_intra_tile(y, M, &x, D.as_deref(), n);
+            scan_output(y, M, &x, C, H_mat, D.as_deref(), &decays);
             simd!({
                 let dout = &mut E;
                 match &gradients.dout {
@@ -574,30 +613,40 @@ fn backward_tile<T: Real>(
         }
 
         // dC, and r: what l gives through the entering state.
+        let (entered, last) = (decays.entered, decays.last);
         simd!(scaled_rows(&mut rows, &dy, headdim, |t| decays.u[t]));
-        matmul(&mut uDyH, T::zero(), Mat::new(&rows, n, headdim), H_mat);
+        matmul(&mut uDyH, T::zero(), Mat::new(&rows, entered, headdim), H_mat);
         simd!({
-            let tokens = uDyH.chunks_exact(dstate).zip(C.chunks_exact(dstate));
+            let tokens = uDyH.chunks_exact(dstate).zip(C.chunks_exact(dstate)).take(entered);
             for (dl, (uDyH, C)) in dl.iter_mut().zip(tokens) {
                 *dl += dot(uDyH, C).as_f64();
             }
-            for (dC, &uDyH) in dC.iter_mut().zip(&uDyH) {
+            for (dC, &uDyH) in dC.iter_mut().zip(&uDyH[..entered * dstate]) {
                 *dC += uDyH;
             }
             scaled_rows(&mut rows, &x, headdim, |t| decays.dt[t] * decays.w[t]);
         });
         let G_mat = Mat::new(G, headdim, dstate);
-        matmul(&mut dB, T::one(), Mat::new(&rows, n, headdim), G_mat);
+        let leaving = Mat::new(&rows[last * headdim..], n - last, headdim);
+        matmul(&mut dB[last * dstate..], T::one(), leaving, G_mat);
 
-        matmul(&mut E, T::zero(), Mat::new(B, n, dstate), G_mat.t());
         let mut q = [0.0; TILE];
+        let (before, leaving) = E.split_at_mut(last * headdim);
+        before.fill(T::zero());
+        let B_leaving = Mat::new(&B[last * dstate..], n - last, dstate);
+        matmul(leaving, T::zero(), B_leaving, G_mat.t());
         simd!({
-            scale_rows(&mut E, headdim, &decays.w);
-            for (t, (E, x)) in E.chunks_exact(headdim).zip(x.chunks_exact(headdim)).enumerate() {
-                q[t] = (decays.dt[t] * dot(E, x)).as_f64();
+            scale_rows(leaving, headdim, &decays.w[last..]);
+            let rows = leaving.chunks_exact(headdim).zip(x[last * headdim..].chunks_exact(headdim));
+            for (t, (I, x)) in (last..).zip(rows) {
+                q[t] = (decays.dt[t] * dot(I, x)).as_f64();
             }
         });
-        matmul(&mut E, T::one(), Mat::new(&P, n, n).t(), dY);
+        for tokens in decays.documents() {
+            let rows = tokens.start * headdim..tokens.end * headdim;
+            let dY = Mat::new(&dy[rows.clone()], tokens.len(), headdim);
+            matmul(&mut E[rows], T::one(), Mat::diagonal_block(&P, n, tokens).t(), dY);
+        }
 
         // da from what each l[t] gave: l[t] sums a from its document's start (or the tile's) up to t; w and g also hold
         // the sum over all of the last document.
@@ -651,8 +700,14 @@ fn backward_tile<T: Real>(
         gradients.ddt.store_line([b, tile * TILE, h], 1, &line[..n]);
     }
 
-    matmul(&mut dC, T::one(), Mat::new(&dCB, n, n), Mat::new(B, n, dstate));
-    matmul(&mut dB, T::one(), Mat::new(&dCB, n, n).t(), Mat::new(C, n, dstate));
+    let decays = shared.decays(b, group * heads, tile);
+    for tokens in decays.documents() {
+        let rows = tokens.start * dstate..tokens.end * dstate;
+        let (B, C) = (&B[rows.clone()], &C[rows.clone()]);
+        let dCB = Mat::diagonal_block(&dCB, n, tokens.clone());
+        matmul(&mut dC[rows.clone()], T::one(), dCB, Mat::new(B, tokens.len(), dstate));
+        matmul(&mut dB[rows], T::one(), dCB.t(), Mat::new(C, tokens.len(), dstate));
+    }
     let at = [b, tile * TILE, group, 0];
     gradients.dB.store_tile(at, (1, n), (3, dstate), &dB);
     gradients.dC.store_tile(at, (1, n), (3, dstate), &dC);

@@ -4,7 +4,7 @@ use pyo3::prelude::*;
 
 use crate::cpu;
 use crate::dims::{Backend, Checker, SsdDims, optional};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::ops::with_accumulator;
 use crate::tensor::{TensorArg, View};
 use crate::torch::run;
@@ -38,6 +38,7 @@ pub struct SsdInputs {
     pub initial_states: Option<View<4>>,
     pub seq_idx: Option<View<2>>,
     pub dt_softplus: bool,
+    /// (low, high), low <= high.
     pub dt_limit: (f64, f64),
 }
 
@@ -50,13 +51,6 @@ impl SsdInputs {
     ) -> Result<Self> {
         let (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx) = tensors;
         let dims = SsdDims::new(x, B)?;
-        if dt_limit.0.is_nan() || dt_limit.1.is_nan() || dt_limit.0 > dt_limit.1 {
-            return Err(Error::Value {
-                arg: "dt_limit",
-                got: format!("{dt_limit:?}"),
-                allowed: "(low, high) with low <= high".into(),
-            });
-        }
         Ok(SsdInputs {
             dims,
             x: check.same("x", x, dims.x())?,

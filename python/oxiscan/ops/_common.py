@@ -1,7 +1,13 @@
-"""What the autograd functions share."""
+"""What the ops share."""
 
 import torch
 from torch import Tensor
+
+
+def written(tensor: Tensor) -> None:
+    """Let autograd know that `tensor` was written in place: a graph that saved it must not use it any more."""
+    if not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)
 
 
 def empty_like(tensor: Tensor | None) -> Tensor | None:

@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from oxiscan import _C
-from oxiscan._arguments import is_silu, not_yet, sizes
+from oxiscan._arguments import check, is_silu, not_yet, sizes
 
-from ._common import empty_like
+from ._common import empty_like, written
 
 
 class _CausalConv1d(torch.autograd.Function):
@@ -70,7 +70,7 @@ def causal_conv1d_fn(
             document that contains token 0. Zeros if left out.
         return_final_states: also return the last width - 1 inputs of the last document, (batch, dim, width - 1) in x's
             dtype: the initial states of what follows. Differentiable.
-        final_states_out: where to write those, instead of a new tensor.
+        final_states_out: where to write those, instead of a new tensor; of their shape and dtype.
         activation: None, "silu" or "swish".
         cu_seqlens: not supported yet.
 
@@ -81,17 +81,16 @@ def causal_conv1d_fn(
         ValueError, TypeError: an argument that does not fit, by name. NotImplementedError: cu_seqlens.
     """
     not_yet(cu_seqlens=cu_seqlens)
+    if final_states_out is not None:
+        batch, dim, _ = sizes("x", x, "batch", "dim", "seqlen")
+        width = sizes("weight", weight, "dim", "width")[1]
+        check("final_states_out", final_states_out, {"batch": batch, "dim": dim, "width - 1": width - 1}, x.dtype)
     out, final_states = _CausalConv1d.apply(
         x, weight, bias, seq_idx, initial_states, is_silu(activation), return_final_states
     )
     if not return_final_states:
         return out
     if final_states_out is not None:
-        if final_states_out.shape != final_states.shape:
-            raise ValueError(
-                f"final_states_out: got shape {tuple(final_states_out.shape)}; "
-                f"allowed: (batch, dim, width - 1) = {tuple(final_states.shape)}"
-            )
         final_states = final_states_out.copy_(final_states)
     return out, final_states
 
@@ -133,4 +132,5 @@ def causal_conv1d_update(
         raise NotImplementedError(f"x: got {seqlen} tokens; allowed: one token per call")
     out = torch.empty_like(tokens)
     _C.causal_conv1d_update(tokens, conv_state, weight, bias, is_silu(activation), out)
+    written(conv_state)
     return out.reshape(x.shape)

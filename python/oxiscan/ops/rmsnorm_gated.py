@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from oxiscan import _C, reference
+from oxiscan._arguments import number
 
 from ._common import empty_like
 
@@ -68,7 +69,11 @@ def rmsnorm_gated(
     Raises:
         ValueError, TypeError: an argument that does not fit, by name.
     """
-    return _RMSNormGated.apply(x, weight, bias, z, eps, group_size, norm_before_gate)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: got {type(x).__name__}; allowed: torch.Tensor")
+    if group_size is not None and (not isinstance(group_size, int) or group_size < 1):
+        raise ValueError(f"group_size: got {group_size!r}; allowed: None or a divisor of dim")
+    return _RMSNormGated.apply(x, weight, bias, z, number("eps", eps), group_size, bool(norm_before_gate))
 
 
 class RMSNormGated(reference.RMSNormGated):

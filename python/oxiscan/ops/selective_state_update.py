@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 from oxiscan import _C
-from oxiscan._arguments import not_yet, sizes
+from oxiscan._arguments import check, not_yet, sizes
+
+from ._common import written
 
 
 def _unsqueeze(tensor: Tensor | None, dim: int) -> Tensor | None:
@@ -49,14 +51,22 @@ def selective_state_update(
     """
     not_yet(state_batch_indices=state_batch_indices, intermediate_ssm_states=intermediate_ssm_states)
     if isinstance(x, Tensor) and x.dim() == 2:
-        state, x, dt = state.unsqueeze(1), x.unsqueeze(1), dt.unsqueeze(1)
+        batch, dim = x.shape
+        dstate = sizes("state", state, "batch", "dim", "dstate")[2]
+        dtypes = (x.dtype, torch.float32)
+        check("dt", dt, {"batch": batch, "dim": dim}, *dtypes)
+        check("A", A, {"dim": dim, "dstate": dstate}, *dtypes)
+        check("D", D, {"dim": dim}, *dtypes)
+        check("z", z, {"batch": batch, "dim": dim}, x.dtype)
+        check("dt_bias", dt_bias, {"dim": dim}, *dtypes)
+        state, x, dt, z = state.unsqueeze(1), x.unsqueeze(1), dt.unsqueeze(1), _unsqueeze(z, 1)
         A, D, dt_bias = A.unsqueeze(0), _unsqueeze(D, 0), _unsqueeze(dt_bias, 0)
-        z = _unsqueeze(z, 1)
         return selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus).squeeze(1)
     if isinstance(x, Tensor) and x.dim() == 4:
         raise NotImplementedError("x: got 4 dimensions (several tokens); allowed: 2 or 3 dimensions")
     sizes("x", x, "batch", "nheads", "dim")
     B, C = (t.unsqueeze(1) if isinstance(t, Tensor) and t.dim() == 2 else t for t in (B, C))
     out = torch.empty_like(x)
-    _C.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, out)
+    _C.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, bool(dt_softplus), out)
+    written(state)
     return out

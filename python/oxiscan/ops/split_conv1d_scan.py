@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from oxiscan import _C
-from oxiscan._arguments import acc_dtype, check_chunk_size, is_silu, not_yet, sizes
+from oxiscan._arguments import FLOATS, acc_dtype, check, check_chunks, is_silu, limits, not_yet, number, sizes
 
 from ._common import empty_like
 
@@ -175,11 +175,13 @@ class _SplitConv1dScan(torch.autograd.Function):
 def _split_sizes(
     zxbcdt: Tensor, conv1d_weight: Tensor, dt_bias: Tensor, D: Tensor, headdim: int | None, ngroups: int
 ) -> _Sizes:
-    channels = sizes("zxbcdt", zxbcdt, "batch", "seqlen", "2 dim + 2 ngroups dstate + nheads")[2]
+    batch, seqlen, channels = sizes("zxbcdt", zxbcdt, "batch", "seqlen", "2 dim + 2 ngroups dstate + nheads")
+    check("zxbcdt", zxbcdt, {"batch": batch, "seqlen": seqlen, "channels": channels}, *FLOATS)
     conv_dim = sizes("conv1d_weight", conv1d_weight, "dim + 2 ngroups dstate", "width")[0]
     (nheads,) = sizes("dt_bias", dt_bias, "nheads")
-    if headdim is None:
-        headdim = sizes("D", D, "nheads", "headdim")[1] if D.dim() != 1 else None
+    if not isinstance(D, Tensor) or D.dim() != 1:
+        headdim_of_D = sizes("D", D, "nheads", "headdim")[1]
+        headdim = headdim_of_D if headdim is None else headdim
     if headdim is None or headdim < 1:
         raise ValueError(f"headdim: got {headdim} with D of shape {tuple(D.shape)}; allowed: headdim >= 1")
     dim = nheads * headdim
@@ -249,7 +251,8 @@ def mamba_split_conv1d_scan_combined(
         activation: of the convolution: None, "silu" or "swish".
         rmsnorm_weight: (dim,); without it the scan's result is gated by silu(z) and not normalized.
         norm_before_gate: with a norm, whether silu(z) multiplies its result or its input.
-        outproj_weight: (out_features, dim); outproj_bias: (out_features,). The projection follows autocast.
+        outproj_weight: (out_features, dim); outproj_bias: (out_features,). The projection runs in zxbcdt's dtype, under
+            autocast in autocast's.
         headdim: needed when D is (nheads,).
         return_final_conv_states: also return the last width - 1 inputs of the convolution.
         state_dtype: the dtype of stored chunk states; this backend stores none between forward and backward.
@@ -264,18 +267,34 @@ def mamba_split_conv1d_scan_combined(
         NotImplementedError: cu_seqlens; channels of zxbcdt outside the scan.
     """
     not_yet(cu_seqlens=cu_seqlens)
-    check_chunk_size(chunk_size)
+    check_chunks(chunk_size, state_dtype)
+    split = _split_sizes(zxbcdt, conv1d_weight, dt_bias, D, headdim, ngroups)
+    batch, width = zxbcdt.shape[0], conv1d_weight.shape[1]
+    dtypes = (zxbcdt.dtype, torch.float32)
+    conv_dim = {"dim + 2 ngroups dstate": split.conv_dim}
+    if not 2 <= width <= 8:
+        raise ValueError(f"conv1d_weight: got width = {width}; allowed: width from 2 to 8")
+    check("conv1d_weight", conv1d_weight, conv_dim | {"width": width}, *dtypes)
+    check("conv1d_bias", conv1d_bias, conv_dim, *dtypes)
+    check("initial_conv_states", initial_conv_states, {"batch": batch} | conv_dim | {"width - 1": width - 1}, *dtypes)
+    check("rmsnorm_weight", rmsnorm_weight, {"dim": split.dim}, *dtypes)
+    if number("rmsnorm_eps", rmsnorm_eps) < 0:
+        raise ValueError(f"rmsnorm_eps: got {rmsnorm_eps}; allowed: rmsnorm_eps >= 0")
+    if outproj_weight is not None:
+        out_features = sizes("outproj_weight", outproj_weight, "out_features", "dim")[0]
+        check("outproj_weight", outproj_weight, {"out_features": out_features, "dim": split.dim}, *dtypes)
+        check("outproj_bias", outproj_bias, {"out_features": out_features}, *dtypes)
+    elif outproj_bias is not None:
+        raise ValueError("outproj_bias: got a tensor without outproj_weight; allowed: both, or neither")
     options = _Options(
-        sizes=_split_sizes(zxbcdt, conv1d_weight, dt_bias, D, headdim, ngroups),
+        sizes=split,
         silu=is_silu(activation),
-        dt_limit=dt_limit,
-        rmsnorm_eps=rmsnorm_eps,
+        dt_limit=limits("dt_limit", dt_limit),
+        rmsnorm_eps=float(rmsnorm_eps),
         norm_before_gate=norm_before_gate,
         return_final_states=return_final_states,
         return_final_conv_states=return_final_conv_states,
     )
-    if outproj_weight is None and outproj_bias is not None:
-        raise ValueError("outproj_bias: got a tensor without outproj_weight; allowed: both, or neither")
     out, final_states, final_conv_states = _SplitConv1dScan.apply(
         zxbcdt,
         conv1d_weight,
@@ -290,7 +309,8 @@ def mamba_split_conv1d_scan_combined(
         options,
     )
     if outproj_weight is not None:
-        out = F.linear(out, outproj_weight, outproj_bias)
+        bias = None if outproj_bias is None else outproj_bias.to(out.dtype)
+        out = F.linear(out, outproj_weight.to(out.dtype), bias)
     results = [out]
     if return_final_states:
         results.append(final_states)

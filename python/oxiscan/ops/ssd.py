@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from oxiscan import _C
-from oxiscan._arguments import acc_dtype, check_chunk_size, not_yet, sizes
+from oxiscan._arguments import acc_dtype, check_chunks, limits, not_yet, sizes
 
 from ._common import empty_like
 
@@ -80,6 +80,8 @@ def mamba_chunk_scan_combined(
     Per head, with a state of (headdim, dstate):
     state[t] = exp(dt[t] A) state[t - 1] + dt[t] x[t] B[t]^T;  out[t] = (state[t] C[t] + D x[t]) silu(z[t]).
 
+    A value that is not finite stays within its document, where it may also reach up to 63 tokens before it.
+
     Args:
         x: (batch, seqlen, nheads, headdim), float32, float64, bfloat16 or float16, any strides.
         dt: (batch, seqlen, nheads), in x's dtype or float32; dt_bias is added, then softplus applied if dt_softplus,
@@ -108,8 +110,8 @@ def mamba_chunk_scan_combined(
         NotImplementedError: cu_seqlens, return_varlen_states.
     """
     not_yet(cu_seqlens=cu_seqlens, return_varlen_states=return_varlen_states)
-    check_chunk_size(chunk_size)
-    out, final_states = _ChunkScan.apply(
-        x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, dt_softplus, dt_limit, return_final_states
-    )
+    check_chunks(chunk_size, state_dtype)
+    tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx)
+    options = (bool(dt_softplus), limits("dt_limit", dt_limit), return_final_states)
+    out, final_states = _ChunkScan.apply(*tensors, *options)
     return (out, final_states) if return_final_states else out

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oxiscan._arguments import acc_dtype, check_chunk_size, not_yet
+from oxiscan._arguments import acc_dtype, check_chunks, not_yet
 
 from ._common import discretize_dt, document_starts
 from .causal_conv1d import causal_conv1d_fn
@@ -39,7 +39,7 @@ def mamba_chunk_scan_combined(
 ) -> Any:
     """See `oxiscan.ops.mamba_chunk_scan_combined`; chunk_size and state_dtype have nothing to act on here."""
     not_yet(cu_seqlens=cu_seqlens, return_varlen_states=return_varlen_states)
-    check_chunk_size(chunk_size)
+    check_chunks(chunk_size, state_dtype)
     dtype = acc_dtype(x)
     batch, seqlen, nheads, headdim = x.shape
     ngroups, dstate = B.shape[2:]
@@ -135,7 +135,8 @@ def mamba_split_conv1d_scan_combined(
     if rmsnorm_weight is not None:
         out = rmsnorm_gated(out, rmsnorm_weight, None, z, rmsnorm_eps, dim // ngroups, norm_before_gate)
     if outproj_weight is not None:
-        out = F.linear(out, outproj_weight, outproj_bias)
+        bias = None if outproj_bias is None else outproj_bias.to(out.dtype)
+        out = F.linear(out, outproj_weight.to(out.dtype), bias)
     results = [out]
     if return_final_states:
         results.append(final_states)
