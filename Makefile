@@ -7,6 +7,8 @@ SOURCES := $(shell find src python -name '*.rs' -o -name '*.py' -o -name '*.pyi'
 export GOMP_SPINCOUNT ?= 10000
 # Cargo builds against the environment's Python, whoever calls it.
 export PYO3_PYTHON := $(abspath $(BIN)/python)
+# As an extension module also for cargo's own tests: they call no Python, so no libpython need be installed.
+export PYO3_BUILD_EXTENSION_MODULE := 1
 
 .PHONY: demo test lint clean
 

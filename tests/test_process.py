@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -23,17 +24,22 @@ def scan():
     return oxiscan.mamba_chunk_scan_combined(**tensors, chunk_size=32)
 
 
-def thread_names():
-    return [open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")]
+def print_pool_threads() -> None:
+    """The number of this package's threads with 3, then with 5 threads in torch: one pool each."""
+    for threads, total in ((3, 3), (5, 8)):
+        torch.set_num_threads(threads)
+        scan()
+        deadline = time.monotonic() + 10
+        found = 0
+        while found != total and time.monotonic() < deadline:  # a thread takes its name after it has started
+            names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+            found = sum(name.startswith("oxiscan") for name in names)
+        print(found)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads through /proc")
 def test_threads_follow_torch():
-    code = (
-        "import torch, oxiscan, sys; sys.path.insert(0, sys.argv[1]); import test_process as t;"
-        "torch.set_num_threads(3); t.scan(); print(sum(n.startswith('oxiscan') for n in t.thread_names()));"
-        "torch.set_num_threads(5); t.scan(); print(sum(n.startswith('oxiscan') for n in t.thread_names()))"
-    )
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import test_process; test_process.print_pool_threads()"
     command = [sys.executable, "-c", code, os.path.dirname(__file__)]
     assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.split() == ["3", "8"]
 
