@@ -135,6 +135,7 @@ ERRORS = [
     (state_update(state=torch.ones(1, 4, 3, 6).expand(2, 4, 3, 6)), ValueError, "state: got strides"),
     (state_update(state=torch.ones(4096).as_strided((2, 4, 3, 6), (8, 1, 2, 3))), ValueError, "state: got strides"),
     (state_update(x=torch.ones(2, 3)), ValueError, r"state: got shape \(2, 4, 3, 6\); allowed: 3 dimensions"),
+    (state_update(x=torch.ones(2, 3), state=torch.ones(2, 3, 6), dt=torch.ones(2, 3), A=None), TypeError, "A: got"),
     (state_update(state_batch_indices=torch.zeros(2)), NotImplementedError, "state_batch_indices: not supported yet"),
     (passing(states=torch.ones(2, 3, 4, 5)), ValueError, "states: got shape"),
     (passing(decay=torch.ones(2, 3, 5)), ValueError, "decay: got shape"),

@@ -17,16 +17,20 @@ def sizes(name: str, tensor: Tensor, *dims: str) -> torch.Size:
     return tensor.shape
 
 
-def check(name: str, tensor: Tensor | None, dims: dict[str, int], *dtypes: torch.dtype) -> None:
-    """Refuse a tensor, where there is one, whose sizes are not those of `dims` or whose dtype is not in `dtypes`."""
-    if tensor is None:
-        return
+def check(name: str, tensor: Tensor, dims: dict[str, int], *dtypes: torch.dtype) -> None:
+    """Refuse a tensor whose sizes are not those of `dims` or whose dtype is not in `dtypes`."""
     if sizes(name, tensor, *dims) != torch.Size(dims.values()):
         allowed = f"({', '.join(dims)}) = {tuple(dims.values())}"
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}; allowed: {allowed}")
     if tensor.dtype not in dtypes:
         allowed = " or ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
         raise TypeError(f"{name}: got {str(tensor.dtype).removeprefix('torch.')}; allowed: {allowed}")
+
+
+def check_optional(name: str, tensor: Tensor | None, dims: dict[str, int], *dtypes: torch.dtype) -> None:
+    """`check` of an argument that may be left out."""
+    if tensor is not None:
+        check(name, tensor, dims, *dtypes)
 
 
 def acc_dtype(x: Tensor) -> torch.dtype:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from oxiscan import _C
-from oxiscan._arguments import check, not_yet, sizes
+from oxiscan._arguments import check, check_optional, not_yet, sizes
 
 from ._common import written
 
@@ -56,9 +56,9 @@ def selective_state_update(
         dtypes = (x.dtype, torch.float32)
         check("dt", dt, {"batch": batch, "dim": dim}, *dtypes)
         check("A", A, {"dim": dim, "dstate": dstate}, *dtypes)
-        check("D", D, {"dim": dim}, *dtypes)
-        check("z", z, {"batch": batch, "dim": dim}, x.dtype)
-        check("dt_bias", dt_bias, {"dim": dim}, *dtypes)
+        check_optional("D", D, {"dim": dim}, *dtypes)
+        check_optional("z", z, {"batch": batch, "dim": dim}, x.dtype)
+        check_optional("dt_bias", dt_bias, {"dim": dim}, *dtypes)
         state, x, dt, z = state.unsqueeze(1), x.unsqueeze(1), dt.unsqueeze(1), _unsqueeze(z, 1)
         A, D, dt_bias = A.unsqueeze(0), _unsqueeze(D, 0), _unsqueeze(dt_bias, 0)
         return selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus).squeeze(1)

@@ -8,7 +8,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from oxiscan import _C
-from oxiscan._arguments import FLOATS, acc_dtype, check, check_chunks, is_silu, limits, not_yet, number, sizes
+from oxiscan._arguments import (
+    FLOATS,
+    acc_dtype,
+    check,
+    check_chunks,
+    check_optional,
+    is_silu,
+    limits,
+    not_yet,
+    number,
+    sizes,
+)
 
 from ._common import empty_like
 
@@ -275,15 +286,17 @@ def mamba_split_conv1d_scan_combined(
     if not 2 <= width <= 8:
         raise ValueError(f"conv1d_weight: got width = {width}; allowed: width from 2 to 8")
     check("conv1d_weight", conv1d_weight, conv_dim | {"width": width}, *dtypes)
-    check("conv1d_bias", conv1d_bias, conv_dim, *dtypes)
-    check("initial_conv_states", initial_conv_states, {"batch": batch} | conv_dim | {"width - 1": width - 1}, *dtypes)
-    check("rmsnorm_weight", rmsnorm_weight, {"dim": split.dim}, *dtypes)
+    check_optional("conv1d_bias", conv1d_bias, conv_dim, *dtypes)
+    check_optional(
+        "initial_conv_states", initial_conv_states, {"batch": batch} | conv_dim | {"width - 1": width - 1}, *dtypes
+    )
+    check_optional("rmsnorm_weight", rmsnorm_weight, {"dim": split.dim}, *dtypes)
     if number("rmsnorm_eps", rmsnorm_eps) < 0:
         raise ValueError(f"rmsnorm_eps: got {rmsnorm_eps}; allowed: rmsnorm_eps >= 0")
     if outproj_weight is not None:
         out_features = sizes("outproj_weight", outproj_weight, "out_features", "dim")[0]
         check("outproj_weight", outproj_weight, {"out_features": out_features, "dim": split.dim}, *dtypes)
-        check("outproj_bias", outproj_bias, {"out_features": out_features}, *dtypes)
+        check_optional("outproj_bias", outproj_bias, {"out_features": out_features}, *dtypes)
     elif outproj_bias is not None:
         raise ValueError("outproj_bias: got a tensor without outproj_weight; allowed: both, or neither")
     options = _Options(
