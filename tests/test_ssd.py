@@ -6,7 +6,7 @@ import torch
 import inputs
 import oxiscan
 from oxiscan import reference
-from oxiscan.testing import assert_close, compare, run
+from oxiscan.testing import assert_close, compare, run, seeded_gradients
 
 OPTIONS = {"chunk_size": 64, "dt_softplus": True, "return_final_states": True}
 
@@ -243,10 +243,7 @@ def test_bits_do_not_depend_on_run_batch_chunk_size_or_threads(dtype, device):
     assert all(torch.equal(first[name], again[name]) for name in first)
     parameters = ("A", "D", "dt_bias")
     alone = {name: t if name in parameters else t[1:2] for name, t in tensors.items()}
-    generator = torch.Generator().manual_seed(2)
-    gradients = [
-        torch.randn(first[k].shape, generator=generator, dtype=torch.float64).to(first[k]) for k in ("out0", "out1")
-    ]
+    gradients = seeded_gradients([first["out0"], first["out1"]])
     single = run(oxiscan.mamba_chunk_scan_combined, alone, OPTIONS, [g[1:2] for g in gradients])
     for name in single:
         if name[1:] not in parameters:

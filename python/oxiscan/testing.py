@@ -39,6 +39,12 @@ def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float) 
         raise AssertionError(f"{name}: relative RMS error {error:.3g}, allowed {tolerance:.3g}")
 
 
+def seeded_gradients(outputs: list[Tensor]) -> list[Tensor]:
+    """A random gradient for each output, in its dtype; the same ones for the same shapes."""
+    generator = torch.Generator().manual_seed(len(outputs))
+    return [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in outputs]
+
+
 def run(
     op: Callable[..., Any],
     tensors: dict[str, Tensor],
@@ -49,7 +55,7 @@ def run(
 
     Args:
         tensors: the tensor arguments. A gradient is taken for each floating one.
-        output_gradients: one for each output; seeded random ones if left out.
+        output_gradients: one for each output; `seeded_gradients` if left out.
 
     Returns:
         Outputs as "out0", "out1", ..., gradients as "d" + name.
@@ -58,8 +64,7 @@ def run(
     result = op(**leaves, **options)
     outputs = list(result) if isinstance(result, tuple) else [result]
     if output_gradients is None:
-        generator = torch.Generator().manual_seed(len(outputs))
-        output_gradients = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in outputs]
+        output_gradients = seeded_gradients(outputs)
     names = [k for k, t in leaves.items() if t.requires_grad]
     wanted = [leaves[k] for k in names]
     # An output that no argument reaches (a final state of no tokens) passes no gradient on.
@@ -98,12 +103,8 @@ def compare(
     actual = run(op, tensors, options)
     exact = {k: t.double() if t.is_floating_point() else t for k, t in tensors.items()}
     # The reference is given the output gradients as they were rounded for the op.
-    generator = torch.Generator().manual_seed(sum(k.startswith("out") for k in actual))
-    gradients = [
-        torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t).double()
-        for k, t in actual.items()
-        if k.startswith("out")
-    ]
+    outputs = [t for k, t in actual.items() if k.startswith("out")]
+    gradients = [gradient.double() for gradient in seeded_gradients(outputs)]
     expected = run(reference, exact, options, gradients)
     for name, value in actual.items():
         if name.startswith("out"):

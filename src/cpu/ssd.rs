@@ -507,7 +507,7 @@ fn walk_states<T: Real>(
         let dy = &mut rows[..n * headdim];
         simd!({
             load_dy(inputs, gradients, [b, tile * TILE, h, 0], dy, &mut z);
-            scale_rows(dy, headdim, &decays.u);
+            scale_rows(&mut dy[..entered * headdim], headdim, &decays.u);
         });
         let C = shared.group(b, group, tile).1;
         let dY = Mat::new(dy, entered, headdim);
@@ -557,7 +557,7 @@ fn backward_tile<T: Real>(
         let (X, dY) = (Mat::new(&x, n, headdim), Mat::new(&dy, n, headdim));
         matmul(&mut dM, T::zero(), dY, X.t());
 
-        // One sweep turns L into P = CB o L, dM into M = P dt (for Y), and leaves dCB and the sums of K.
+        // One sweep turns L into P = CB o L and leaves dCB and the sums of K.
         let mut dl = [0.0; TILE];
         simd!({
             for t in 0..n {
