@@ -30,11 +30,11 @@ impl<'a> Checker<'a> {
                 });
             }
         };
-        if tensor.dtype == DType::I32 {
+        if !DType::FLOATS.contains(&tensor.dtype) {
             return Err(Error::Type {
                 arg,
                 got: tensor.dtype.name().into(),
-                allowed: "float32, float64, bfloat16, float16".into(),
+                allowed: DType::FLOATS.map(DType::name).join(", "),
             });
         }
         Ok(Checker { first: arg, device: &tensor.device, dtype: tensor.dtype, backend })
@@ -112,7 +112,7 @@ impl<'a> Checker<'a> {
         tensor: &TensorArg,
         shape: [(&str, usize); N],
     ) -> Result<View<N>> {
-        self.expect(arg, tensor, &[DType::F32, DType::F64, DType::BF16, DType::F16])?;
+        self.expect(arg, tensor, &DType::FLOATS)?;
         tensor.view_of(arg, shape)
     }
 
@@ -125,6 +125,37 @@ impl<'a> Checker<'a> {
         self.expect(arg, tensor, &[DType::I32])?;
         tensor.view_of(arg, shape)
     }
+
+    /// A tensor of int32 or int64: positions and indices.
+    pub fn integer<const N: usize>(
+        &self,
+        arg: &'static str,
+        tensor: &TensorArg,
+        shape: [(&str, usize); N],
+    ) -> Result<View<N>> {
+        self.expect(arg, tensor, &DType::INTEGERS)?;
+        tensor.view_of(arg, shape)
+    }
+
+    /// cu_seqlens (ndocs + 1,): its values are the backend's to check, where it can read them.
+    pub fn cu_seqlens(&self, tensor: &TensorArg, batch: usize) -> Result<View<1>> {
+        let size = tensor.view("cu_seqlens", ["ndocs + 1"])?.shape[0];
+        if size < 2 {
+            return Err(Error::Value {
+                arg: "cu_seqlens",
+                got: format!("shape ({size},)"),
+                allowed: "(ndocs + 1,) with ndocs >= 1".into(),
+            });
+        }
+        if batch != 1 {
+            return Err(Error::Value {
+                arg: "cu_seqlens",
+                got: format!("cu_seqlens with a batch of {batch}"),
+                allowed: "batch 1, documents one after the other".into(),
+            });
+        }
+        self.integer("cu_seqlens", tensor, [("ndocs + 1", size)])
+    }
 }
 
 /// `check` of an argument that may be left out.
@@ -133,6 +164,23 @@ pub fn optional<T>(
     check: impl FnOnce(&TensorArg) -> Result<T>,
 ) -> Result<Option<T>> {
     tensor.as_ref().map(check).transpose()
+}
+
+/// The first size of final states: one row a document of cu_seqlens, or one a sequence.
+pub fn document_rows(batch: usize, cu_seqlens: Option<&View<1>>) -> (&'static str, usize) {
+    cu_seqlens.map_or(("batch", batch), |cu_seqlens| ("ndocs", cu_seqlens.shape[0] - 1))
+}
+
+/// The first size of initial states: that of final states or, with cu_seqlens, 1 for the first document alone.
+pub fn initial_rows(
+    batch: usize,
+    cu_seqlens: Option<&View<1>>,
+    states: &TensorArg,
+) -> (&'static str, usize) {
+    match (cu_seqlens, states.shape().first()) {
+        (Some(_), Some(1)) => ("first document", 1),
+        _ => document_rows(batch, cu_seqlens),
+    }
 }
 
 fn positive(arg: &'static str, name: &str, size: usize) -> Result<()> {
@@ -206,13 +254,9 @@ impl SsdDims {
         [("nheads", self.nheads)]
     }
 
-    pub fn states(&self) -> [(&'static str, usize); 4] {
-        [
-            ("batch", self.batch),
-            ("nheads", self.nheads),
-            ("headdim", self.headdim),
-            ("dstate", self.dstate),
-        ]
+    /// States of a row a document or sequence.
+    pub fn states(&self, rows: (&'static str, usize)) -> [(&'static str, usize); 4] {
+        [rows, ("nheads", self.nheads), ("headdim", self.headdim), ("dstate", self.dstate)]
     }
 
     pub fn seq_idx(&self) -> [(&'static str, usize); 2] {
@@ -294,8 +338,9 @@ impl ConvDims {
         [("dim", self.dim)]
     }
 
-    pub fn states(&self) -> [(&'static str, usize); 3] {
-        [("batch", self.batch), ("dim", self.dim), ("width - 1", self.width - 1)]
+    /// States of a row a document or sequence.
+    pub fn states(&self, rows: (&'static str, usize)) -> [(&'static str, usize); 3] {
+        [rows, ("dim", self.dim), ("width - 1", self.width - 1)]
     }
 
     pub fn seq_idx(&self) -> [(&'static str, usize); 2] {

@@ -14,10 +14,12 @@ pub enum DType {
     BF16,
     F16,
     I32,
+    I64,
 }
 
 impl DType {
-    pub const ALL: [DType; 5] = [DType::F32, DType::F64, DType::BF16, DType::F16, DType::I32];
+    pub const FLOATS: [DType; 4] = [DType::F32, DType::F64, DType::BF16, DType::F16];
+    pub const INTEGERS: [DType; 2] = [DType::I32, DType::I64];
 
     /// torch's name for it.
     pub fn name(self) -> &'static str {
@@ -27,13 +29,14 @@ impl DType {
             DType::BF16 => "bfloat16",
             DType::F16 => "float16",
             DType::I32 => "int32",
+            DType::I64 => "int64",
         }
     }
 
     /// Bytes an element.
     pub fn size(self) -> usize {
         match self {
-            DType::F64 => 8,
+            DType::F64 | DType::I64 => 8,
             DType::F32 | DType::I32 => 4,
             DType::BF16 | DType::F16 => 2,
         }
@@ -81,7 +84,9 @@ macro_rules! with_element {
                 type $E = f16;
                 $body
             }
-            DType::I32 => unreachable!("an integer tensor where a floating one was checked for"),
+            DType::I32 | DType::I64 => {
+                unreachable!("an integer tensor where a floating one was checked for")
+            }
         }
     };
 }
@@ -394,12 +399,17 @@ impl<const N: usize> View<N> {
         self.store_line(at, N - 1, &[value]);
     }
 
-    /// One element of an int32 tensor.
-    pub fn get_i32(&self, at: [usize; N]) -> i32 {
-        assert_eq!(self.dtype, DType::I32);
+    /// One element of an integer tensor.
+    pub fn get_int(&self, at: [usize; N]) -> i64 {
         let offset = self.offset(at, (0, 1), (0, 1));
         // SAFETY: offset() checked that the element lies inside the tensor, whose memory is valid for this call.
-        unsafe { *self.ptr.cast::<i32>().offset(offset) }
+        unsafe {
+            match self.dtype {
+                DType::I32 => i64::from(*self.ptr.cast::<i32>().offset(offset)),
+                DType::I64 => *self.ptr.cast::<i64>().offset(offset),
+                _ => unreachable!("a floating tensor where an integer one was checked for"),
+            }
+        }
     }
 }
 

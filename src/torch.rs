@@ -23,8 +23,9 @@ impl Torch {
     fn get(py: Python<'_>) -> PyResult<&Torch> {
         TORCH.get_or_try_init(py, || {
             let torch = py.import("torch")?;
-            let dtypes = DType::ALL
+            let dtypes = DType::FLOATS
                 .iter()
+                .chain(&DType::INTEGERS)
                 .map(|dtype| Ok((torch.getattr(dtype.name())?.unbind(), *dtype)))
                 .collect::<PyResult<_>>()?;
             Ok(Torch {
@@ -49,7 +50,7 @@ impl<'py> FromPyObject<'_, 'py> for TensorArg {
         }
         let dtype = object.getattr(intern!(py, "dtype"))?;
         let Some((_, dtype)) = torch.dtypes.iter().find(|(known, _)| known.is(&dtype)) else {
-            let allowed: Vec<_> = DType::ALL.iter().map(|dtype| dtype.name()).collect();
+            let allowed: Vec<_> = torch.dtypes.iter().map(|(_, dtype)| dtype.name()).collect();
             return Ok(TensorArg::refused(dtype.to_string(), allowed.join(", ")));
         };
         let device = if object.getattr(intern!(py, "is_cpu"))?.is_truthy()? {

@@ -5,9 +5,9 @@ import inspect
 import pytest
 import torch
 
-import inputs
 import oxiscan
 from oxiscan import reference
+from oxiscan.testing import inputs
 
 CPU = torch.device("cpu")
 F32 = {"dtype": torch.float32, "device": CPU}
@@ -21,6 +21,25 @@ def ssd(**changes):
 
 def conv(**changes):
     return lambda: oxiscan.causal_conv1d_fn(**inputs.conv(seqlen=6, dim=5, **F32) | changes)
+
+
+CU = inputs.cu_seqlens(3, 3, device=CPU)
+
+
+def packed(**changes):
+    tensors = inputs.ssd(batch=1, seqlen=6, **F32) | {"cu_seqlens": CU, "chunk_size": 4}
+    return lambda: oxiscan.mamba_chunk_scan_combined(**tensors | changes)
+
+
+def packed_conv(**changes):
+    return lambda: oxiscan.causal_conv1d_fn(
+        **inputs.conv(batch=1, seqlen=6, dim=5, **F32) | {"cu_seqlens": CU} | changes
+    )
+
+
+def packed_split(**changes):
+    tensors = inputs.split_conv1d_scan(batch=1, seqlen=6, **F32) | {"cu_seqlens": CU, "chunk_size": 4, "ngroups": 2}
+    return lambda: oxiscan.mamba_split_conv1d_scan_combined(**tensors | changes)
 
 
 def norm(**changes):
@@ -71,16 +90,24 @@ ERRORS = [
     (ssd(dt_bias=torch.ones(4).double()), TypeError, "dt_bias: got float64; allowed: float32"),
     (ssd(initial_states=torch.ones(1, 4, 8, 12)), ValueError, "initial_states: got shape"),
     (ssd(seq_idx=torch.zeros(2, 5, dtype=torch.int32)), ValueError, "seq_idx: got shape"),
-    (ssd(seq_idx=torch.zeros(2, 6, dtype=torch.int64)), TypeError, "seq_idx: got torch.int64; allowed: .*int32"),
+    (ssd(seq_idx=torch.zeros(2, 6, dtype=torch.int64)), TypeError, "seq_idx: got int64; allowed: int32"),
     (ssd(seq_idx=torch.zeros(2, 6)), TypeError, "seq_idx: got float32; allowed: int32"),
     (ssd(dt_limit=(1.0, 0.5)), ValueError, r"dt_limit: got \(1.0, 0.5\); allowed: \(low, high\) with low <= high"),
     (ssd(dt_limit=None), TypeError, r"dt_limit: got None; allowed: \(low, high\)"),
     (ssd(dt_limit=(0.0, "1")), TypeError, "dt_limit: got '1'; allowed: a number"),
     (ssd(chunk_size=1.5), TypeError, "chunk_size: got 1.5; allowed: a whole number"),
-    (ssd(state_dtype=torch.int32), TypeError, "state_dtype: got torch.int32; allowed: None or a floating"),
+    (ssd(state_dtype=torch.int32), TypeError, "state_dtype: got torch.int32; allowed: None, torch.float32"),
     (ssd(chunk_size=0), ValueError, "chunk_size: got 0; allowed: >= 1"),
-    (ssd(cu_seqlens=torch.zeros(2)), NotImplementedError, "cu_seqlens: not supported yet"),
-    (ssd(return_varlen_states=True), NotImplementedError, "return_varlen_states: not supported yet"),
+    (ssd(cu_seqlens=CU), ValueError, "cu_seqlens: got cu_seqlens with a batch of 2; allowed: batch 1"),
+    (ssd(return_varlen_states=True), ValueError, "return_varlen_states: got True without cu_seqlens; allowed: both"),
+    (packed(cu_seqlens=CU.float()), TypeError, "cu_seqlens: got float32; allowed: int32 or int64"),
+    (packed(cu_seqlens=[0, 6]), TypeError, "cu_seqlens: got list; allowed: torch.Tensor"),
+    (packed(cu_seqlens=CU[None]), ValueError, r"cu_seqlens: got shape \(1, 3\); allowed: 1 dimensions \(ndocs \+ 1\)"),
+    (packed(cu_seqlens=CU[:1]), ValueError, r"cu_seqlens: got shape \(1,\); allowed: \(ndocs \+ 1,\) with ndocs >= 1"),
+    (packed(cu_seqlens=CU + 1), ValueError, r"cu_seqlens: got \[1, 4, 7\]; allowed: values from 0, .* seqlen = 6"),
+    (packed(cu_seqlens=CU.flip(0)), ValueError, r"cu_seqlens: got \[6, 3, 0\]; allowed: values from 0"),
+    (packed(cu_seqlens=CU * 2), ValueError, r"cu_seqlens: got \[0, 6, 12\]; allowed: values from 0, .* seqlen = 6"),
+    (packed(initial_states=torch.ones(3, 4, 8, 12)), ValueError, r"initial_states: got shape .* \(ndocs, nheads, head"),
     (ssd(x=torch.ones(2, 6, 4, 8, dtype=torch.int32)), TypeError, "x: got int32; allowed: float32, float64"),
     (ssd(x=torch.ones(2, 6, 4, 8, dtype=torch.complex64)), TypeError, "x: got torch.complex64"),
     (ssd(B=torch.ones(2, 6, 2, 12, device="meta")), ValueError, "B: got a tensor on meta; allowed: the device of x"),
@@ -91,7 +118,10 @@ ERRORS = [
     (conv(bias=torch.ones(4)), ValueError, "bias: got shape"),
     (conv(initial_states=torch.ones(2, 5, 4)), ValueError, r"initial_states: got shape \(2, 5, 4\); allowed"),
     (conv(activation="gelu"), ValueError, "activation: got 'gelu'; allowed: None"),
-    (conv(cu_seqlens=torch.zeros(2)), NotImplementedError, "cu_seqlens: not supported yet"),
+    (conv(cu_seqlens=CU), ValueError, "cu_seqlens: got cu_seqlens with a batch of 2; allowed: batch 1"),
+    (conv(cu_seqlens=1), TypeError, "cu_seqlens: got int; allowed: torch.Tensor"),
+    (packed_conv(initial_states=torch.ones(3, 5, 3)), ValueError, r"initial_states: got shape .* \(ndocs, dim, width"),
+    (packed_conv(return_final_states=True, final_states_out=torch.ones(1, 5, 3)), ValueError, "final_states_out: got"),
     (conv(return_final_states=True, final_states_out=torch.ones(2, 5, 2)), ValueError, "final_states_out: got shape"),
     (conv(return_final_states=True, final_states_out=torch.ones(2, 5, 3).half()), TypeError, "final_states_out"),
     (conv(return_final_states=True, final_states_out=[1]), TypeError, "final_states_out: got list"),
@@ -121,7 +151,9 @@ ERRORS = [
     (split(zxbcdt=torch.ones(2, 6, 108, dtype=torch.int32)), TypeError, "zxbcdt: got int32; allowed: float32"),
     (split(D=None, headdim=8), TypeError, "D: got NoneType; allowed: torch.Tensor"),
     (split(outproj_bias=torch.ones(5)), ValueError, "outproj_bias: got a tensor without outproj_weight"),
-    (split(cu_seqlens=torch.zeros(2)), NotImplementedError, "cu_seqlens: not supported yet"),
+    (split(cu_seqlens=CU), ValueError, r"cu_seqlens: got cu_seqlens with a batch of 2"),
+    (split(return_varlen_states=True), ValueError, "return_varlen_states: got True without cu_seqlens"),
+    (packed_split(initial_conv_states=torch.ones(3, 72, 3)), ValueError, r"initial_conv_states: got .* \(ndocs, dim"),
     (conv_update(x=torch.ones(2, 5, 2)), NotImplementedError, "x: got 2 tokens; allowed: one token"),
     (conv_update(conv_state=torch.ones(2, 5, 2)), ValueError, "conv_state: got state_len = 2; allowed: state_len >="),
     (conv_update(conv_state=torch.ones(1, 5, 3).expand(2, 5, 3)), ValueError, "conv_state: got strides"),

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-import inputs
 import oxiscan
+from oxiscan.testing import inputs
 
 CPU = torch.device("cpu")
 

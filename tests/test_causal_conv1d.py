@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-import inputs
 import oxiscan
 from oxiscan import reference
-from oxiscan.testing import TOLERANCES, assert_close, compare, run
+from oxiscan.testing import TOLERANCES, assert_close, compare, inputs, run
 
 OPTIONS = {"activation": "silu", "return_final_states": True}
 

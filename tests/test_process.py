@@ -11,9 +11,9 @@ import time
 import pytest
 import torch
 
-import inputs
 import oxiscan
 from oxiscan import _C
+from oxiscan.testing import inputs
 
 CPU = torch.device("cpu")
 

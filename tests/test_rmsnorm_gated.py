@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-import inputs
 import oxiscan
 from oxiscan import reference
-from oxiscan.testing import compare, run
+from oxiscan.testing import compare, inputs, run
 
 
 def norm_inputs(*shape, dtype, device, parameters=None, z=True, bias=True):

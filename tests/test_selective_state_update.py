@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-import inputs
 import oxiscan
 from oxiscan import reference
-from oxiscan.testing import TOLERANCES, assert_close
+from oxiscan.testing import TOLERANCES, assert_close, inputs
 
 
 def update_inputs(*, dtype, device, batch=3, nheads=4, dim=5, ngroups=2, dstate=7, parameters=None, state=None):

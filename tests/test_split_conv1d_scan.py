@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-import inputs
 import oxiscan
 from oxiscan import reference
-from oxiscan.testing import TOLERANCES, assert_close, compare, relative_rms, run
+from oxiscan.testing import TOLERANCES, assert_close, compare, inputs, relative_rms, run
 
 OP, REFERENCE = oxiscan.mamba_split_conv1d_scan_combined, reference.mamba_split_conv1d_scan_combined
 OPTIONS = {"chunk_size": 32, "ngroups": 2, "return_final_states": True, "return_final_conv_states": True}

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-import inputs
 import oxiscan
 from oxiscan import reference
-from oxiscan.testing import assert_close, compare, run, seeded_gradients
+from oxiscan.testing import assert_close, compare, inputs, run, seeded_gradients
 
 OPTIONS = {"chunk_size": 64, "dt_softplus": True, "return_final_states": True}
 

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-import inputs
 import oxiscan
 from oxiscan import reference
-from oxiscan.testing import assert_close, compare, run
+from oxiscan.testing import assert_close, compare, inputs, run
 
 
 def passing_inputs(*, batch=2, nchunks=5, nheads=3, headdim=4, dstate=6, dtype, device, initial=True):

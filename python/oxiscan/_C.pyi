@@ -19,19 +19,20 @@ __all__ = [
     "_panic",
 ]
 
-# x, weight; bias, seq_idx, initial_states
-_ConvTensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+# x, weight; bias, seq_idx, cu_seqlens, initial_states
+_ConvTensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 # x, weight; bias, z
 _NormTensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 # eps, group_size, norm_before_gate
 _NormOptions = tuple[float, int | None, bool]
-# x, dt, A, B, C; D, z, dt_bias, initial_states, seq_idx
+# x, dt, A, B, C; D, z, dt_bias, initial_states, seq_idx, cu_seqlens
 _SsdTensors = tuple[
     Tensor,
     Tensor,
     Tensor,
     Tensor,
     Tensor,
+    Tensor | None,
     Tensor | None,
     Tensor | None,
     Tensor | None,
@@ -90,6 +91,7 @@ def ssd_forward(
     dt_limit: tuple[float, float],
     out: Tensor,
     final_states: Tensor | None,
+    varlen_states: Tensor | None,
 ) -> None: ...
 def ssd_backward(
     tensors: _SsdTensors,
@@ -97,6 +99,7 @@ def ssd_backward(
     dt_limit: tuple[float, float],
     dout: Tensor | None,
     dfinal_states: Tensor | None,
+    dvarlen_states: Tensor | None,
     dx: Tensor,
     ddt: Tensor,
     dA: Tensor,

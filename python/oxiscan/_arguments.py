@@ -33,6 +33,14 @@ def check_optional(name: str, tensor: Tensor | None, dims: dict[str, int], *dtyp
         check(name, tensor, dims, *dtypes)
 
 
+def ndocs(cu_seqlens: Tensor | None, batch: int) -> int:
+    """How many documents states have a row for: those of cu_seqlens, or the sequences of the batch."""
+    if cu_seqlens is None:
+        return batch
+    (size,) = sizes("cu_seqlens", cu_seqlens, "ndocs + 1")
+    return max(size - 1, 0)
+
+
 def acc_dtype(x: Tensor) -> torch.dtype:
     """The dtype of sums and states: float64 for float64, float32 for everything narrower."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -63,13 +71,24 @@ def limits(name: str, value: tuple[float, float]) -> tuple[float, float]:
 
 
 def check_chunks(chunk_size: int, state_dtype: torch.dtype | None) -> None:
-    """Refuse a chunk_size that is not a whole number from 1 on, a state_dtype that is not a floating dtype or None."""
+    """Refuse a chunk_size that is not a whole number from 1 on, a state_dtype that ops do not compute on."""
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
         raise TypeError(f"chunk_size: got {chunk_size!r}; allowed: a whole number")
     if chunk_size < 1:
         raise ValueError(f"chunk_size: got {chunk_size}; allowed: >= 1")
-    if state_dtype is not None and not (isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point):
-        raise TypeError(f"state_dtype: got {state_dtype!r}; allowed: None or a floating torch.dtype")
+    if state_dtype is not None and state_dtype not in FLOATS:
+        raise TypeError(f"state_dtype: got {state_dtype!r}; allowed: None, {', '.join(map(str, FLOATS))}")
+
+
+def varlen_states_dtype(
+    return_varlen_states: bool, cu_seqlens: Tensor | None, state_dtype: torch.dtype | None, default: torch.dtype
+) -> torch.dtype | None:
+    """The dtype of varlen states, None where they are not asked for."""
+    if not return_varlen_states:
+        return None
+    if cu_seqlens is None:
+        raise ValueError("return_varlen_states: got True without cu_seqlens; allowed: both, or neither")
+    return state_dtype or default
 
 
 def not_yet(**arguments: object) -> None:

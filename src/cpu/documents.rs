@@ -1,36 +1,211 @@
-//! Documents packed into a sequence: a new one starts wherever `seq_idx` differs from the token before.
+//! Documents packed into sequences, and tiles of tokens that never cross from one into the next.
+//!
+//! A *run* is what shares a state: it starts at a sequence's first token, wherever `seq_idx` differs from the token
+//! before, and at each value of `cu_seqlens`. A *document* is what has a row in the states that go in and out: with
+//! `cu_seqlens` the tokens between two of its values (one run, or several where seq_idx cuts it, or none), without it a
+//! whole sequence. Tokens past the last value of `cu_seqlens` are a run that belongs to no document.
 
+use std::ops::Range;
+
+use crate::error::{Error, Result};
 use crate::tensor::View;
 
-/// For each token, the index of the first token of its document. Empty without seq_idx: all is one document.
+/// What lies before a tile: for a scan the state, for the convolution the inputs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entry {
+    /// Nothing: a run that starts without an initial state.
+    Zero,
+    /// This row of initial_states.
+    Initial(usize),
+    /// What the tile before left: the run goes on.
+    Carried,
+}
+
+/// Consecutive tokens of one run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tile {
+    pub b: usize,
+    pub begin: usize,
+    pub len: usize,
+    pub entry: Entry,
+    /// Whether the next tile belongs to the same run.
+    pub goes_on: bool,
+    /// The document whose last token is this tile's last.
+    pub ends: Option<usize>,
+    /// Whether the run's seq_idx is negative.
+    pub negative_id: bool,
+}
+
+impl Tile {
+    pub fn end(&self) -> usize {
+        self.begin + self.len
+    }
+}
+
+/// The tiles of a batch, sequence after sequence.
+pub struct Tiles {
+    pub tiles: Vec<Tile>,
+    /// Where each sequence's tiles begin, and the end.
+    offsets: Vec<usize>,
+}
+
+impl Tiles {
+    /// Indices into `tiles` of the tiles of sequence `b`.
+    pub fn of(&self, b: usize) -> Range<usize> {
+        self.offsets[b]..self.offsets[b + 1]
+    }
+
+    /// Consecutive tiles of at least `tokens` tokens together: work for a task, however short the documents are.
+    pub fn groups(&self, tokens: usize) -> Vec<Range<usize>> {
+        let mut groups = Vec::new();
+        let (mut begin, mut sum) = (0, 0);
+        for (index, tile) in self.tiles.iter().enumerate() {
+            sum += tile.len;
+            if sum >= tokens || index + 1 == self.tiles.len() {
+                groups.push(begin..index + 1);
+                (begin, sum) = (index + 1, 0);
+            }
+        }
+        groups
+    }
+}
+
 pub struct Documents {
-    starts: Vec<usize>,
-    seqlen: usize,
+    batch: usize,
+    /// Each run as a tile of any length.
+    runs: Vec<Tile>,
+    /// Documents without a token.
+    empty: Vec<usize>,
+    initial: InitialRows,
+}
+
+/// Which document each row of initial_states belongs to.
+#[derive(Clone, Copy)]
+enum InitialRows {
+    None,
+    First,
+    Each,
 }
 
 impl Documents {
-    pub fn new(seq_idx: Option<&View<2>>) -> Self {
-        let Some(seq_idx) = seq_idx else {
-            return Documents { starts: Vec::new(), seqlen: 0 };
+    /// `seq_idx` (batch, seqlen), `cu_seqlens` (ndocs + 1,), and the first size of initial_states: that of the documents,
+    /// or 1 for the first document alone.
+    pub fn new(
+        batch: usize,
+        seqlen: usize,
+        seq_idx: Option<&View<2>>,
+        cu_seqlens: Option<&View<1>>,
+        initial_rows: Option<usize>,
+    ) -> Result<Self> {
+        let bounds = cu_seqlens.map(|cu_seqlens| bounds(cu_seqlens, seqlen)).transpose()?;
+        let ndocs = bounds.as_ref().map_or(batch, |bounds| bounds.len() - 1);
+        let initial = match initial_rows {
+            None => InitialRows::None,
+            Some(rows) if rows == ndocs => InitialRows::Each,
+            Some(_) => InitialRows::First,
         };
-        let [batch, seqlen] = seq_idx.shape;
-        let mut starts = Vec::with_capacity(batch * seqlen);
-        for b in 0..batch {
-            let mut start = 0;
-            for t in 0..seqlen {
-                if t > 0 && seq_idx.get_i32([b, t]) != seq_idx.get_i32([b, t - 1]) {
-                    start = t;
+        let mut documents = Documents { batch, runs: Vec::new(), empty: Vec::new(), initial };
+        match &bounds {
+            Some(bounds) => {
+                for (document, tokens) in bounds.windows(2).enumerate() {
+                    documents.push(0, tokens[0]..tokens[1], Some(document), seq_idx);
                 }
-                starts.push(start);
+                documents.push(0, bounds[ndocs]..seqlen, None, seq_idx);
+            }
+            None => {
+                for b in 0..batch {
+                    documents.push(b, 0..seqlen, Some(b), seq_idx);
+                }
             }
         }
-        Documents { starts, seqlen }
+        Ok(documents)
     }
 
-    /// The first token of the document that token `t` of sequence `b` belongs to. Initial states, which stand for what
-    /// came before token 0, belong to the document that starts at 0.
-    #[inline(always)]
-    pub fn start(&self, b: usize, t: usize) -> usize {
-        if self.starts.is_empty() { 0 } else { self.starts[b * self.seqlen + t] }
+    /// The runs of one document.
+    fn push(
+        &mut self,
+        b: usize,
+        tokens: Range<usize>,
+        document: Option<usize>,
+        seq_idx: Option<&View<2>>,
+    ) {
+        if tokens.is_empty() {
+            self.empty.extend(document);
+            return;
+        }
+        let id = |t: usize| seq_idx.map_or(0, |seq_idx| seq_idx.get_int([b, t]));
+        let mut begin = tokens.start;
+        let mut entry = document.map_or(Entry::Zero, |document| self.entry(document));
+        for t in tokens.start + 1..=tokens.end {
+            if t == tokens.end || id(t) != id(t - 1) {
+                self.runs.push(Tile {
+                    b,
+                    begin,
+                    len: t - begin,
+                    entry,
+                    goes_on: false,
+                    ends: document.filter(|_| t == tokens.end),
+                    negative_id: id(begin) < 0,
+                });
+                (begin, entry) = (t, Entry::Zero);
+            }
+        }
     }
+
+    /// What lies before a document.
+    pub fn entry(&self, document: usize) -> Entry {
+        match self.initial {
+            InitialRows::Each => Entry::Initial(document),
+            InitialRows::First if document == 0 => Entry::Initial(0),
+            _ => Entry::Zero,
+        }
+    }
+
+    /// Documents without a token, whose final state is what lies before them.
+    pub fn empty(&self) -> impl Iterator<Item = (usize, Entry)> {
+        self.empty.iter().map(|&document| (document, self.entry(document)))
+    }
+
+    /// The tokens in tiles of `size`, shorter only at the end of a run.
+    pub fn tiles(&self, size: usize) -> Tiles {
+        let mut tiles = Vec::new();
+        let mut offsets = vec![0; self.batch + 1];
+        for run in &self.runs {
+            let end = run.end();
+            for begin in (run.begin..end).step_by(size) {
+                let len = size.min(end - begin);
+                let last = begin + len == end;
+                tiles.push(Tile {
+                    begin,
+                    len,
+                    entry: if begin == run.begin { run.entry } else { Entry::Carried },
+                    goes_on: !last,
+                    ends: run.ends.filter(|_| last),
+                    ..*run
+                });
+            }
+            offsets[run.b + 1] = tiles.len();
+        }
+        for b in 0..self.batch {
+            offsets[b + 1] = offsets[b + 1].max(offsets[b]);
+        }
+        Tiles { tiles, offsets }
+    }
+}
+
+/// The values of cu_seqlens: 0, then never smaller, at most seqlen.
+fn bounds(cu_seqlens: &View<1>, seqlen: usize) -> Result<Vec<usize>> {
+    let values: Vec<i64> = (0..cu_seqlens.shape[0]).map(|i| cu_seqlens.get_int([i])).collect();
+    let grows = values.windows(2).all(|pair| pair[0] <= pair[1]);
+    let ends = values.last().is_some_and(|&last| last <= seqlen as i64);
+    if values.first() != Some(&0) || !grows || !ends {
+        return Err(Error::Value {
+            arg: "cu_seqlens",
+            got: format!("{values:?}"),
+            allowed: format!(
+                "values from 0, none smaller than the one before, to at most seqlen = {seqlen}"
+            ),
+        });
+    }
+    Ok(values.into_iter().map(|value| value as usize).collect())
 }

@@ -1,7 +1,5 @@
 //! Small matrix products on one thread: a safe face for the gemm crate.
 
-use std::ops::Range;
-
 use crate::cpu::real::Real;
 
 /// A matrix of `rows` x `cols` in a slice, row after row, or its transpose.
@@ -18,14 +16,6 @@ impl<'a, T> Mat<'a, T> {
     pub fn new(data: &'a [T], rows: usize, cols: usize) -> Self {
         assert!(data.len() >= rows * cols, "a matrix larger than its data");
         Mat { data, rows, cols, row_stride: cols, col_stride: 1 }
-    }
-
-    /// The square block of a matrix of `cols` columns that has the rows and the columns `range`.
-    pub fn diagonal_block(data: &'a [T], cols: usize, range: Range<usize>) -> Self {
-        let size = range.len();
-        assert!(range.end <= cols && data.len() >= range.end * cols, "a block outside its matrix");
-        let data = &data[range.start * (cols + 1)..];
-        Mat { data, rows: size, cols: size, row_stride: cols, col_stride: 1 }
     }
 
     /// The transpose; nothing is copied.
@@ -75,15 +65,6 @@ pub fn matmul<T: Real>(dst: &mut [T], keep: T, a: Mat<'_, T>, b: Mat<'_, T>) {
 #[cfg(test)]
 mod tests {
     use super::{Mat, matmul};
-
-    #[test]
-    fn a_diagonal_block_is_the_matrix_of_its_rows_and_columns() {
-        let a: Vec<f64> = (0..9).map(f64::from).collect();
-        let identity = [1.0, 0.0, 0.0, 1.0];
-        let mut dst = [0.0; 4];
-        matmul(&mut dst, 0.0, Mat::diagonal_block(&a, 3, 1..3), Mat::new(&identity, 2, 2));
-        assert_eq!(dst, [4.0, 5.0, 7.0, 8.0]);
-    }
 
     #[test]
     fn an_empty_sum_scales_or_clears() {

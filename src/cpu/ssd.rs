@@ -1,13 +1,11 @@
-//! The chunk scan on the CPU: tiles of 64 tokens, matrix products inside a tile, a state carried between tiles.
+//! The chunk scan on the CPU: tiles of up to 64 tokens, matrix products inside a tile, a state carried between tiles.
+//! No tile crosses from one document into the next, so a document gives the same bits alone or packed with others.
 //!
-//! Per head and tile, with `a = A dt` and `l = cumsum(a)` in f64 (strong decay needs the digits), starting anew with
-//! each document so that no bit of one depends on another:
+//! Per head and tile, with `a = A dt` and `l = cumsum(a)` within the tile in f64 (strong decay needs the digits):
 //!
 //! ```text
-//! L[t, s] = exp(l[t] - l[s])   for t >= s of one document, else 0
-//! u[t]    = exp(l[t])          if t's document began before the tile, else 0
-//! w[s]    = exp(l[end] - l[s]) if s's document reaches the tile's end, else 0
-//! g       = exp(l[end])        if one document spans the tile, else 0
+//! L[t, s] = exp(l[t] - l[s]) for t >= s, else 0
+//! u[t]    = exp(l[t])           w[s] = exp(l[end] - l[s])           g = exp(l[end])
 //!
 //! Y  = ((C B^T) o L dt) X + u C H^T + D X        out = Y silu(z)
 //! H' = g H + X^T (dt w B)                        H, the state, is (headdim, dstate)
@@ -16,27 +14,26 @@
 //! Every exponent but g's, u's and w's own is a difference that A < 0 makes negative: nothing overflows.
 //!
 //! Backward recomputes the states: one walk forward for H at each tile's start, one in reverse for G, the gradient of
-//! the state at each tile's end; then all tiles at once, the heads of a group in order within one task, so that dB and
-//! dC are sums in a fixed order. With dY = dout silu(z):
+//! the state at each tile's end, kept where a document goes on from one tile to the next; then all tiles at once, the
+//! heads of a group in order within one task, so that dB and dC are sums in a fixed order. With dY = dout silu(z):
 //!
 //! ```text
 //! dM = dY X^T             dCB = sum_heads dM o L dt        dC = dCB B + sum_heads u dY H
 //! I = w B G^T             E = I + (CB o L)^T dY            dB = dCB^T C + sum_heads dt w X G
 //! dX = dt E + D dY        dD = sum_t dY X                  G_before = g G + dY^T (u C)
 //! K = dM o (CB o L dt)    r = u (C H^T . dY)               q = dt (I . X)
-//! da[t] = sum_{t' >= t} (rowsum K - colsum K + r)[t'] + sum_{s < t} q[s] + g <G, H>, sums within t's document
+//! da[t] = sum_{t' >= t} (rowsum K - colsum K + r)[t'] + sum_{s < t} q[s] + g <G, H>
 //! ddt = E . X + A da      dA = sum_t dt da
 //! ```
 
-use std::ops::Range;
-
 use rayon::prelude::*;
 
-use crate::cpu::documents::Documents;
+use crate::cpu::documents::{Documents, Entry, Tile, Tiles};
 use crate::cpu::matmul::{Mat, matmul};
 use crate::cpu::real::{Real, SOFTPLUS_LINEAR, dot};
 use crate::dims::SsdDims;
-use crate::ops::ssd::{SsdGradients, SsdInputs};
+use crate::error::Result;
+use crate::ops::ssd::{SsdGradients, SsdInputs, SsdStates};
 use crate::tensor::View;
 
 /// Tokens a tile. The caller's chunk_size changes rounding only, so it is not used.
@@ -46,149 +43,129 @@ const TILE: usize = 64;
 struct Shared<'a, T> {
     inputs: &'a SsdInputs,
     dims: SsdDims,
-    ntiles: usize,
     documents: Documents,
-    /// (batch, nheads, ntiles, TILE)
+    tiles: Tiles,
+    /// (batch, nheads, seqlen)
     dt: Vec<T>,
-    /// (batch, nheads, ntiles, TILE), starting anew with each tile and each document
+    /// (batch, nheads, seqlen), starting anew with each tile
     l: Vec<f64>,
-    /// (batch, ngroups, ntiles, TILE, dstate)
+    /// (batch, ngroups, seqlen, dstate)
     B: Vec<T>,
     C: Vec<T>,
-    /// (batch, ngroups, ntiles, TILE, TILE); a short last tile of n tokens uses the first n x n
+    /// (batch, ngroups, seqlen, TILE): of a tile of n tokens the first n x n
     CB: Vec<T>,
 }
 
 /// What dt and A make of one tile of one head.
-struct Decays<T> {
-    /// Tokens in this tile.
-    n: usize,
-    dt: [T; TILE],
-    l: [f64; TILE],
-    /// The first token in the tile of each token's document.
-    first: [usize; TILE],
+struct Decays<'a, T> {
+    dt: &'a [T],
+    l: &'a [f64],
     u: [T; TILE],
     w: [T; TILE],
     g: T,
-    /// How many tokens belong to the document that began before the tile: beyond, u is 0.
-    entered: usize,
-    /// The first token of the document that reaches the tile's end: before, w is 0.
-    last: usize,
 }
 
-impl<T> Decays<T> {
-    /// The tile's documents. Products go document by document, so that not even a NaN of one reaches another.
-    fn documents(&self) -> impl Iterator<Item = Range<usize>> {
-        let starts = |&t: &usize| t == 0 || self.first[t] == t;
-        (0..self.n).filter(starts).map(|start| {
-            let next = (start + 1..self.n).find(|&t| self.first[t] == t);
-            start..next.unwrap_or(self.n)
-        })
-    }
+/// Split into consecutive parts of these lengths.
+fn split_lengths<T>(mut all: &mut [T], lengths: impl Iterator<Item = usize>) -> Vec<&mut [T]> {
+    lengths.map(|length| all.split_off_mut(..length).expect("parts as long as the whole")).collect()
 }
 
 impl<'a, T: Real> Shared<'a, T> {
-    fn new(inputs: &'a SsdInputs) -> Self {
+    fn new(inputs: &'a SsdInputs) -> Result<Self> {
         let dims = inputs.dims;
         let SsdDims { batch, seqlen, nheads, ngroups, dstate, .. } = dims;
-        let ntiles = seqlen.div_ceil(TILE);
-        let documents = Documents::new(inputs.seq_idx.as_ref());
-        let mut dt = vec![T::zero(); batch * nheads * ntiles * TILE];
+        let documents = Documents::new(
+            batch,
+            seqlen,
+            inputs.seq_idx.as_ref(),
+            inputs.cu_seqlens.as_ref(),
+            inputs.initial_states.map(|states| states.shape[0]),
+        )?;
+        let tiles = documents.tiles(TILE);
+        let mut dt = vec![T::zero(); batch * nheads * seqlen];
         let mut l = vec![0.0; dt.len()];
-        let mut B = vec![T::zero(); batch * ngroups * ntiles * TILE * dstate];
-        let mut C = B.clone();
-        let mut CB = vec![T::zero(); batch * ngroups * ntiles * TILE * TILE];
-        if ntiles > 0 {
-            let per_head = dt.par_chunks_mut(ntiles * TILE).zip(l.par_chunks_mut(ntiles * TILE));
+        if seqlen > 0 {
+            let per_head = dt.par_chunks_mut(seqlen).zip(l.par_chunks_mut(seqlen));
             per_head.enumerate().for_each(|(bh, (dt, l))| {
-                let (dt, l) = (&mut dt[..seqlen], &mut l[..seqlen]);
-                discretize(inputs, &documents, bh / nheads, bh % nheads, dt, l);
+                let (b, h) = (bh / nheads, bh % nheads);
+                discretize(inputs, &tiles.tiles[tiles.of(b)], h, dt, l);
             });
         }
-        B.par_chunks_mut(TILE * dstate)
-            .zip(C.par_chunks_mut(TILE * dstate))
-            .zip(CB.par_chunks_mut(TILE * TILE))
-            .enumerate()
-            .for_each(|(index, ((B, C), CB))| {
-                let (bg, tile) = (index / ntiles, index % ntiles);
-                let n = TILE.min(seqlen - tile * TILE);
-                let at = [bg / ngroups, tile * TILE, bg % ngroups, 0];
-                simd!({
-                    inputs.B.load_tile(at, (1, n), (3, dstate), B);
-                    inputs.C.load_tile(at, (1, n), (3, dstate), C);
-                });
-                matmul(CB, T::zero(), Mat::new(C, n, dstate), Mat::new(B, n, dstate).t());
+        let mut B = vec![T::zero(); batch * ngroups * seqlen * dstate];
+        let mut C = B.clone();
+        let mut CB = vec![T::zero(); batch * ngroups * seqlen * TILE];
+        let parts: Vec<_> = (0..batch * ngroups)
+            .flat_map(|bg| tiles.of(bg / ngroups).map(move |tile| (bg % ngroups, tile)))
+            .map(|(group, tile)| (group, tiles.tiles[tile]))
+            .collect();
+        let lengths = |size: usize| parts.iter().map(move |(_, tile)| tile.len * size);
+        let packed = split_lengths(&mut B, lengths(dstate))
+            .into_par_iter()
+            .zip(split_lengths(&mut C, lengths(dstate)))
+            .zip(split_lengths(&mut CB, lengths(TILE)));
+        packed.zip(&parts).for_each(|(((B, C), CB), &(group, tile))| {
+            let (n, at) = (tile.len, [tile.b, tile.begin, group, 0]);
+            simd!({
+                inputs.B.load_tile(at, (1, n), (3, dstate), B);
+                inputs.C.load_tile(at, (1, n), (3, dstate), C);
             });
-        Shared { inputs, dims, ntiles, documents, dt, l, B, C, CB }
+            matmul(CB, T::zero(), Mat::new(C, n, dstate), Mat::new(B, n, dstate).t());
+        });
+        Ok(Shared { inputs, dims, documents, tiles, dt, l, B, C, CB })
     }
 
     /// Packed B and C (n, dstate) and CB (n, n) of a tile.
-    fn group(&self, b: usize, group: usize, tile: usize) -> (&[T], &[T], &[T]) {
-        let index = (b * self.dims.ngroups + group) * self.ntiles + tile;
-        let rows = index * TILE * self.dims.dstate..(index + 1) * TILE * self.dims.dstate;
-        (&self.B[rows.clone()], &self.C[rows], &self.CB[index * TILE * TILE..][..TILE * TILE])
+    fn group(&self, tile: &Tile, group: usize) -> (&[T], &[T], &[T]) {
+        let dstate = self.dims.dstate;
+        let token = (tile.b * self.dims.ngroups + group) * self.dims.seqlen + tile.begin;
+        let rows = token * dstate..(token + tile.len) * dstate;
+        let CB = &self.CB[token * TILE..][..tile.len * tile.len];
+        (&self.B[rows.clone()], &self.C[rows], CB)
     }
 
     #[inline(always)]
-    fn decays(&self, b: usize, h: usize, tile: usize) -> Decays<T> {
-        let begin = tile * TILE;
-        let n = TILE.min(self.dims.seqlen - begin);
-        let at = ((b * self.dims.nheads + h) * self.ntiles + tile) * TILE;
+    fn decays(&self, tile: &Tile, h: usize) -> Decays<'_, T> {
+        let token = (tile.b * self.dims.nheads + h) * self.dims.seqlen + tile.begin;
+        let (dt, l) = (&self.dt[token..][..tile.len], &self.l[token..][..tile.len]);
+        let total = l[tile.len - 1];
         let mut decays = Decays {
-            n,
-            dt: [T::zero(); TILE],
-            l: [0.0; TILE],
-            first: [0; TILE],
+            dt,
+            l,
             u: [T::zero(); TILE],
             w: [T::zero(); TILE],
-            g: T::zero(),
-            entered: 0,
-            last: 0,
+            g: T::from_f64(total).fast_exp(),
         };
-        decays.dt.copy_from_slice(&self.dt[at..at + TILE]);
-        decays.l.copy_from_slice(&self.l[at..at + TILE]);
-        // What enters the tile belongs to the document of the token before it; at token 0, to token 0's own.
-        let entered = |start: usize| start < begin.max(1);
-        let last = self.documents.start(b, begin + n - 1);
-        let total = decays.l[n - 1];
-        for t in 0..n {
-            let start = self.documents.start(b, begin + t);
-            decays.first[t] = start.saturating_sub(begin);
-            if entered(start) {
-                decays.entered = t + 1;
-                decays.u[t] = T::from_f64(decays.l[t]).fast_exp();
-            }
-            if start == last {
-                decays.w[t] = T::from_f64(total - decays.l[t]).fast_exp();
-            }
-        }
-        decays.last = last.saturating_sub(begin);
-        if entered(last) {
-            decays.g = T::from_f64(total).fast_exp();
+        for ((u, w), l) in decays.u.iter_mut().zip(&mut decays.w).zip(l) {
+            *u = T::from_f64(*l).fast_exp();
+            *w = T::from_f64(total - l).fast_exp();
         }
         decays
     }
+
+    /// Load the state before a tile that carries none; false if there is nothing.
+    fn load_entry(&self, entry: Entry, h: usize, state: &mut [T]) -> bool {
+        let SsdDims { headdim, dstate, .. } = self.dims;
+        match (entry, &self.inputs.initial_states) {
+            (Entry::Initial(row), Some(initial)) => {
+                initial.load_tile([row, h, 0, 0], (2, headdim), (3, dstate), state);
+                true
+            }
+            _ => false,
+        }
+    }
 }
 
-/// dt with bias, softplus and clamp; l, the sum of A dt within each tile and document.
-fn discretize<T: Real>(
-    inputs: &SsdInputs,
-    documents: &Documents,
-    b: usize,
-    h: usize,
-    dt: &mut [T],
-    l: &mut [f64],
-) {
+/// dt with bias, softplus and clamp; l, the sum of A dt within each tile.
+fn discretize<T: Real>(inputs: &SsdInputs, tiles: &[Tile], h: usize, dt: &mut [T], l: &mut [f64]) {
     let A: T = inputs.A.get([h]);
-    inputs.dt.load_line([b, 0, h], 1, dt);
-    let mut sum = 0.0;
-    for (t, (dt, l)) in dt.iter_mut().zip(l).enumerate() {
-        if t % TILE == 0 || documents.start(b, t) == t {
-            sum = 0.0;
+    inputs.dt.load_line([tiles[0].b, 0, h], 1, dt);
+    for tile in tiles {
+        let mut sum = 0.0;
+        for (dt, l) in dt[tile.begin..tile.end()].iter_mut().zip(&mut l[tile.begin..tile.end()]) {
+            *dt = clamp(inputs, softplus(inputs, with_bias(inputs, h, *dt)));
+            sum += A.as_f64() * dt.as_f64();
+            *l = sum;
         }
-        *dt = clamp(inputs, softplus(inputs, with_bias(inputs, h, *dt)));
-        sum += A.as_f64() * dt.as_f64();
-        *l = sum;
     }
 }
 
@@ -228,14 +205,13 @@ fn discretize_grad<T: Real>(inputs: &SsdInputs, h: usize, raw: T) -> T {
 
 /// L (n, n).
 #[inline(always)]
-fn decay_matrix<T: Real>(decays: &Decays<T>, L: &mut [T]) {
-    let n = decays.n;
-    for (t, row) in L.chunks_exact_mut(n).take(n).enumerate() {
-        row.fill(T::zero());
-        let first = decays.first[t];
-        for (value, l) in row[first..=t].iter_mut().zip(&decays.l[first..=t]) {
-            *value = T::from_f64(decays.l[t] - l).fast_exp();
+fn decay_matrix<T: Real>(l: &[f64], L: &mut [T]) {
+    for (t, row) in L.chunks_exact_mut(l.len()).take(l.len()).enumerate() {
+        let (before, after) = row.split_at_mut(t + 1);
+        for (value, s) in before.iter_mut().zip(l) {
+            *value = T::from_f64(l[t] - s).fast_exp();
         }
+        after.fill(T::zero());
     }
 }
 
@@ -261,27 +237,25 @@ fn scaled_rows<T: Real>(dst: &mut [T], src: &[T], cols: usize, factor: impl Fn(u
     }
 }
 
-/// y = u C H^T + M X + D X.
+/// y = u C H^T + M X + D X; H is left out where no state enters.
 fn scan_output<T: Real>(
     y: &mut [T],
     m: &[T],
     x: &[T],
     C: &[T],
-    H: Mat<'_, T>,
+    H: Option<Mat<'_, T>>,
     D: Option<&[T]>,
     decays: &Decays<T>,
 ) {
-    let (n, entered) = (decays.n, decays.entered);
-    let (headdim, dstate) = (x.len() / n, C.len() / TILE);
-    let (inside, outside) = y.split_at_mut(entered * headdim);
-    matmul(inside, T::zero(), Mat::new(C, entered, dstate), H.t());
-    simd!(scale_rows(inside, headdim, &decays.u));
-    outside.fill(T::zero());
-    for tokens in decays.documents() {
-        let rows = tokens.start * headdim..tokens.end * headdim;
-        let X = Mat::new(&x[rows.clone()], tokens.len(), headdim);
-        matmul(&mut y[rows], T::one(), Mat::diagonal_block(m, n, tokens), X);
+    let n = decays.l.len();
+    let headdim = x.len() / n;
+    let mut keep = T::zero();
+    if let Some(H) = H {
+        matmul(y, T::zero(), Mat::new(C, n, C.len() / n), H.t());
+        simd!(scale_rows(y, headdim, &decays.u));
+        keep = T::one();
     }
+    matmul(y, keep, Mat::new(m, n, n), Mat::new(x, n, headdim));
     if let Some(D) = D {
         simd!({
             for (y, x) in y.chunks_exact_mut(headdim).zip(x.chunks_exact(headdim)) {
@@ -301,22 +275,13 @@ fn skip_weights<T: Real>(inputs: &SsdInputs, h: usize) -> Option<Vec<T>> {
     })
 }
 
-/// The state before token 0.
-fn first_state<T: Real>(inputs: &SsdInputs, b: usize, h: usize) -> Vec<T> {
-    let SsdDims { headdim, dstate, .. } = inputs.dims;
-    let mut state = vec![T::zero(); headdim * dstate];
-    if let Some(initial) = inputs.initial_states {
-        initial.load_tile([b, h, 0, 0], (2, headdim), (3, dstate), &mut state);
-    }
-    state
-}
-
-pub fn forward<T: Real>(inputs: &SsdInputs, out: &View<4>, final_states: Option<&View<4>>) {
-    let shared = Shared::<T>::new(inputs);
+pub fn forward<T: Real>(inputs: &SsdInputs, out: &View<4>, states: &SsdStates) -> Result<()> {
+    let shared = Shared::<T>::new(inputs)?;
     let heads = inputs.dims.batch * inputs.dims.nheads;
     (0..heads).into_par_iter().with_max_len(1).for_each(|bh| {
-        forward_head(&shared, bh / inputs.dims.nheads, bh % inputs.dims.nheads, out, final_states);
+        forward_head(&shared, bh / inputs.dims.nheads, bh % inputs.dims.nheads, out, states);
     });
+    Ok(())
 }
 
 /// Walk the tiles of one head, the state in cache.
@@ -325,34 +290,38 @@ fn forward_head<T: Real>(
     b: usize,
     h: usize,
     out: &View<4>,
-    final_states: Option<&View<4>>,
+    states: &SsdStates,
 ) {
-    let SsdDims { headdim, dstate, .. } = shared.dims;
+    let SsdDims { seqlen, headdim, dstate, .. } = shared.dims;
     let inputs = shared.inputs;
     let D = skip_weights(inputs, h);
-    let mut state = first_state(inputs, b, h);
+    let mut state = vec![T::zero(); headdim * dstate];
     let mut x = vec![T::zero(); TILE * headdim];
     let mut y = x.clone();
     let mut z = x.clone();
     let mut m = vec![T::zero(); TILE * TILE];
-    for tile in 0..shared.ntiles {
-        let (B, C, CB) = shared.group(b, h / shared.dims.heads_per_group(), tile);
-        let at = [b, tile * TILE, h, 0];
-        let decays = simd!(shared.decays(b, h, tile));
-        let n = decays.n;
+    let store = |states: Option<&View<4>>, row: usize, state: &[T]| {
+        if let Some(states) = states {
+            states.store_tile([row, h, 0, 0], (2, headdim), (3, dstate), state);
+        }
+    };
+    for tile in &shared.tiles.tiles[shared.tiles.of(b)] {
+        let (B, C, CB) = shared.group(tile, h / shared.dims.heads_per_group());
+        let (n, at) = (tile.len, [b, tile.begin, h, 0]);
+        let decays = simd!(shared.decays(tile, h));
         let (x, y) = (&mut x[..n * headdim], &mut y[..n * headdim]);
+        let enters = tile.entry == Entry::Carried || shared.load_entry(tile.entry, h, &mut state);
         simd!({
             inputs.x.load_tile(at, (1, n), (3, headdim), x);
-            decay_matrix(&decays, &mut m);
-            for t in 0..n {
-                let row = t * n + decays.first[t]..t * n + t + 1;
-                let dt = &decays.dt[decays.first[t]..];
-                for ((m, &CB), &dt) in m[row.clone()].iter_mut().zip(&CB[row]).zip(dt) {
+            decay_matrix(decays.l, &mut m);
+            for (t, (m, CB)) in m.chunks_exact_mut(n).zip(CB.chunks_exact(n)).enumerate() {
+                for ((m, &CB), &dt) in m[..=t].iter_mut().zip(CB).zip(decays.dt) {
                     *m *= CB * dt;
                 }
             }
         });
-        scan_output(y, &m, x, C, Mat::new(&state, headdim, dstate), D.as_deref(), &decays);
+        let H = enters.then(|| Mat::new(&state, headdim, dstate));
+        scan_output(y, &m, x, C, H, D.as_deref(), &decays);
         simd!({
             if let Some(gate) = &inputs.z {
                 let z = &mut z[..n * headdim];
@@ -363,27 +332,44 @@ fn forward_head<T: Real>(
             }
             out.store_tile(at, (1, n), (3, headdim), y);
         });
-        carry_state(&mut state, x, B, &decays);
+        carry_state(&mut state, enters, x, B, &decays);
+        if let Some(document) = tile.ends {
+            store(states.varlen_states.as_ref(), document, &state);
+        }
+        if tile.end() == seqlen {
+            store(states.final_states.as_ref(), b, &state);
+        }
     }
-    if let Some(final_states) = final_states {
-        final_states.store_tile([b, h, 0, 0], (2, headdim), (3, dstate), &state);
+    // Without a token the state after the last one is the state before the first.
+    let mut untouched = |states: Option<&View<4>>, row: usize, entry: Entry| {
+        if !shared.load_entry(entry, h, &mut state) {
+            state.fill(T::zero());
+        }
+        store(states, row, &state);
+    };
+    if seqlen == 0 {
+        untouched(states.final_states.as_ref(), b, shared.documents.entry(b));
+    }
+    if states.varlen_states.is_some() {
+        for (document, entry) in shared.documents.empty() {
+            untouched(states.varlen_states.as_ref(), document, entry);
+        }
     }
 }
 
-/// H = g H + X^T (dt w B); x is overwritten.
-fn carry_state<T: Real>(state: &mut [T], x: &mut [T], B: &[T], decays: &Decays<T>) {
-    let (n, last) = (decays.n, decays.last);
-    let (headdim, dstate) = (x.len() / n, B.len() / TILE);
-    let x = &mut x[last * headdim..];
+/// H = g H + X^T (dt w B), without the first term where no state enters; x is overwritten.
+fn carry_state<T: Real>(state: &mut [T], enters: bool, x: &mut [T], B: &[T], decays: &Decays<T>) {
+    let n = decays.l.len();
+    let (headdim, dstate) = (x.len() / n, B.len() / n);
     simd!({
         for (t, row) in x.chunks_exact_mut(headdim).enumerate() {
             for value in row {
-                *value *= decays.dt[last + t] * decays.w[last + t];
+                *value *= decays.dt[t] * decays.w[t];
             }
         }
     });
-    let B = Mat::new(&B[last * dstate..], n - last, dstate);
-    matmul(state, decays.g, Mat::new(x, n - last, headdim).t(), B);
+    let keep = if enters { decays.g } else { T::zero() };
+    matmul(state, keep, Mat::new(x, n, headdim).t(), Mat::new(B, n, dstate));
 }
 
 /// dY = dout silu(z) of a tile; zero without dout.
@@ -410,50 +396,127 @@ fn load_dy<T: Real>(
     }
 }
 
-pub fn backward<T: Real>(inputs: &SsdInputs, gradients: &SsdGradients) {
-    let shared = Shared::<T>::new(inputs);
-    let SsdDims { batch, nheads, headdim, ngroups, dstate, .. } = inputs.dims;
-    let (ntiles, state_size) = (shared.ntiles, headdim * dstate);
+/// States at the boundaries between tiles that a run crosses: one for each tile that carries a state, and head.
+struct Boundaries {
+    /// For each tile, how many before it in its sequence carry a state.
+    within: Vec<usize>,
+    /// How many there are before each sequence, and in all.
+    before: Vec<usize>,
+}
 
-    // H at each tile's start and G at each tile's end, (batch, nheads, ntiles, headdim, dstate).
-    let mut H = vec![T::zero(); batch * nheads * ntiles * state_size];
-    let mut G = H.clone();
-    if ntiles > 0 {
-        let walk = ntiles * state_size;
-        H.par_chunks_mut(walk).zip(G.par_chunks_mut(walk)).enumerate().for_each(|(bh, (H, G))| {
-            walk_states(&shared, gradients, bh / nheads, bh % nheads, H, G);
-        });
-    } else if let Some(dinitial) = &gradients.dinitial_states {
-        // Nothing between the initial and the final states.
-        let mut state = vec![T::zero(); state_size];
-        for bh in 0..batch * nheads {
-            let at = [bh / nheads, bh % nheads, 0, 0];
-            if let Some(dfinal) = &gradients.dfinal_states {
-                dfinal.load_tile(at, (2, headdim), (3, dstate), &mut state);
+impl Boundaries {
+    fn new(tiles: &Tiles, batch: usize) -> Self {
+        let mut within = Vec::with_capacity(tiles.tiles.len());
+        let mut before = vec![0];
+        for b in 0..batch {
+            let mut count = 0;
+            for tile in &tiles.tiles[tiles.of(b)] {
+                within.push(count);
+                count += usize::from(tile.entry == Entry::Carried);
             }
-            dinitial.store_tile(at, (2, headdim), (3, dstate), &state);
+            before.push(before[b] + count);
         }
+        Boundaries { within, before }
+    }
+
+    fn of(&self, b: usize) -> usize {
+        self.before[b + 1] - self.before[b]
+    }
+
+    /// The state that tile `index` of sequence `b` carries, among those of all heads (batch, nheads, boundaries).
+    fn slot(&self, b: usize, nheads: usize, h: usize, index: usize) -> usize {
+        self.before[b] * nheads + h * self.of(b) + self.within[index]
+    }
+}
+
+/// Set, or add to, a state's gradient the one in row `row` of `states`; true if the gradient now holds anything.
+fn add_state<T: Real>(
+    states: Option<&View<4>>,
+    row: usize,
+    h: usize,
+    present: bool,
+    G: &mut [T],
+) -> bool {
+    let Some(states) = states else { return present };
+    let [_, _, headdim, dstate] = states.shape;
+    let load = |dst: &mut [T]| states.load_tile([row, h, 0, 0], (2, headdim), (3, dstate), dst);
+    if present {
+        let mut added = vec![T::zero(); G.len()];
+        load(&mut added);
+        for (g, added) in G.iter_mut().zip(added) {
+            *g += added;
+        }
+    } else {
+        load(G);
+    }
+    true
+}
+
+/// Load what reaches the state after a run's last tile from the returned states; false if nothing does.
+fn load_exit<T: Real>(
+    dims: &SsdDims,
+    gradients: &SsdGradients,
+    tile: &Tile,
+    h: usize,
+    G: &mut [T],
+) -> bool {
+    let mut present = false;
+    if tile.end() == dims.seqlen {
+        present = add_state(gradients.dfinal_states.as_ref(), tile.b, h, present, G);
+    }
+    if let Some(document) = tile.ends {
+        present = add_state(gradients.dvarlen_states.as_ref(), document, h, present, G);
+    }
+    present
+}
+
+pub fn backward<T: Real>(inputs: &SsdInputs, gradients: &SsdGradients) -> Result<()> {
+    let shared = Shared::<T>::new(inputs)?;
+    let SsdDims { batch, nheads, headdim, ngroups, dstate, .. } = inputs.dims;
+    let state_size = headdim * dstate;
+
+    let boundaries = Boundaries::new(&shared.tiles, batch);
+    let mut H = vec![T::zero(); boundaries.before[batch] * nheads * state_size];
+    let mut G = H.clone();
+    let lengths = || (0..batch * nheads).map(|bh| boundaries.of(bh / nheads) * state_size);
+    let walks =
+        split_lengths(&mut H, lengths()).into_par_iter().zip(split_lengths(&mut G, lengths()));
+    walks.enumerate().with_max_len(1).for_each(|(bh, (H, G))| {
+        walk_states(&shared, gradients, bh / nheads, bh % nheads, H, G);
+    });
+    if let Some(dinitial) = &gradients.dinitial_states {
+        untouched_states::<T>(&shared, gradients, dinitial);
     }
 
     // Sums over tokens leave each task as one partial a head: dA, ddt_bias, dD[headdim].
     let per_head = 2 + headdim;
     let heads = inputs.dims.heads_per_group();
-    let mut partials = vec![0.0; batch * ngroups * ntiles * heads * per_head];
+    let tasks = shared.tiles.groups(TILE);
+    let mut partials = vec![0.0; tasks.len() * ngroups * heads * per_head];
     partials.par_chunks_mut(heads * per_head).enumerate().with_max_len(1).for_each(
         |(index, partials)| {
-            let (bg, tile) = (index / ntiles, index % ntiles);
-            backward_tile(&shared, gradients, &H, &G, bg / ngroups, bg % ngroups, tile, partials);
+            let mut scratch = Scratch::new(&shared.dims);
+            for tile in tasks[index / ngroups].clone() {
+                let states = States { H: &H, G: &G, boundaries: &boundaries };
+                backward_tile(
+                    &shared,
+                    gradients,
+                    &states,
+                    index % ngroups,
+                    tile,
+                    &mut scratch,
+                    partials,
+                );
+            }
         },
     );
     for h in 0..nheads {
         let mut total = vec![0.0; per_head];
-        for b in 0..batch {
-            for tile in 0..ntiles {
-                let task = (b * ngroups + h / heads) * ntiles + tile;
-                let partial = &partials[(task * heads + h % heads) * per_head..][..per_head];
-                for (total, partial) in total.iter_mut().zip(partial) {
-                    *total += partial;
-                }
+        for task in 0..tasks.len() {
+            let index = (task * ngroups + h / heads) * heads + h % heads;
+            let partial = &partials[index * per_head..][..per_head];
+            for (total, partial) in total.iter_mut().zip(partial) {
+                *total += partial;
             }
         }
         gradients.dA.set([h], total[0]);
@@ -468,9 +531,30 @@ pub fn backward<T: Real>(inputs: &SsdInputs, gradients: &SsdGradients) {
             }
         }
     }
+    Ok(())
 }
 
-/// Fill H and G (ntiles, headdim, dstate) of one head, and write the initial state's gradient.
+/// The gradient of initial states that no token touches: what the returned states pass on.
+fn untouched_states<T: Real>(shared: &Shared<'_, T>, gradients: &SsdGradients, dinitial: &View<4>) {
+    let SsdDims { batch, seqlen, nheads, headdim, dstate, .. } = shared.dims;
+    let mut state = vec![T::zero(); headdim * dstate];
+    for (document, entry) in shared.documents.empty() {
+        let Entry::Initial(row) = entry else { continue };
+        for h in 0..nheads {
+            let mut present = false;
+            if seqlen == 0 && document < batch {
+                present =
+                    add_state(gradients.dfinal_states.as_ref(), document, h, present, &mut state);
+            }
+            if !add_state(gradients.dvarlen_states.as_ref(), document, h, present, &mut state) {
+                state.fill(T::zero());
+            }
+            dinitial.store_tile([row, h, 0, 0], (2, headdim), (3, dstate), &state);
+        }
+    }
+}
+
+/// Fill H and G (boundaries, headdim, dstate) of one head, and write its initial states' gradients.
 fn walk_states<T: Real>(
     shared: &Shared<'_, T>,
     gradients: &SsdGradients,
@@ -483,38 +567,79 @@ fn walk_states<T: Real>(
     let inputs = shared.inputs;
     let group = h / shared.dims.heads_per_group();
     let state_size = headdim * dstate;
+    let tiles = &shared.tiles.tiles[shared.tiles.of(b)];
+    let mut state = vec![T::zero(); state_size];
     let mut rows = vec![T::zero(); TILE * headdim];
     let mut z = rows.clone();
 
-    let mut state = first_state(inputs, b, h);
-    for tile in 0..shared.ntiles {
-        H[tile * state_size..][..state_size].copy_from_slice(&state);
-        let decays = simd!(shared.decays(b, h, tile));
-        let x = &mut rows[..decays.n * headdim];
-        let at = [b, tile * TILE, h, 0];
-        simd!(inputs.x.load_tile(at, (1, decays.n), (3, headdim), x));
-        carry_state(&mut state, x, shared.group(b, group, tile).0, &decays);
+    let mut boundaries = H.chunks_exact_mut(state_size);
+    for tile in tiles.iter().filter(|tile| tile.goes_on) {
+        let enters = tile.entry == Entry::Carried || shared.load_entry(tile.entry, h, &mut state);
+        let decays = simd!(shared.decays(tile, h));
+        let x = &mut rows[..tile.len * headdim];
+        simd!(inputs.x.load_tile([b, tile.begin, h, 0], (1, tile.len), (3, headdim), x));
+        carry_state(&mut state, enters, x, shared.group(tile, group).0, &decays);
+        boundaries.next().expect("a boundary for each tile that goes on").copy_from_slice(&state);
     }
 
-    state.fill(T::zero());
-    if let Some(dfinal) = &gradients.dfinal_states {
-        dfinal.load_tile([b, h, 0, 0], (2, headdim), (3, dstate), &mut state);
-    }
-    for tile in (0..shared.ntiles).rev() {
-        G[tile * state_size..][..state_size].copy_from_slice(&state);
-        let decays = simd!(shared.decays(b, h, tile));
-        let (n, entered) = (decays.n, decays.entered);
+    let mut boundaries = G.chunks_exact_mut(state_size);
+    for tile in tiles.iter().rev() {
+        let leaves = tile.goes_on || load_exit(&shared.dims, gradients, tile, h, &mut state);
+        if tile.goes_on {
+            let boundary = boundaries.next_back().expect("a boundary for each tile that goes on");
+            boundary.copy_from_slice(&state);
+        }
+        if tile.entry == Entry::Zero {
+            continue;
+        }
+        let decays = simd!(shared.decays(tile, h));
+        let n = tile.len;
         let dy = &mut rows[..n * headdim];
         simd!({
-            load_dy(inputs, gradients, [b, tile * TILE, h, 0], dy, &mut z);
-            scale_rows(&mut dy[..entered * headdim], headdim, &decays.u);
+            load_dy(inputs, gradients, [b, tile.begin, h, 0], dy, &mut z);
+            scale_rows(dy, headdim, &decays.u);
         });
-        let C = shared.group(b, group, tile).1;
-        let dY = Mat::new(dy, entered, headdim);
-        matmul(&mut state, decays.g, dY.t(), Mat::new(C, entered, dstate));
+        let C = Mat::new(shared.group(tile, group).1, n, dstate);
+        let keep = if leaves { decays.g } else { T::zero() };
+        matmul(&mut state, keep, Mat::new(dy, n, headdim).t(), C);
+        if let (Some(dinitial), Entry::Initial(row)) = (&gradients.dinitial_states, tile.entry) {
+            dinitial.store_tile([row, h, 0, 0], (2, headdim), (3, dstate), &state);
+        }
     }
-    if let Some(dinitial) = &gradients.dinitial_states {
-        dinitial.store_tile([b, h, 0, 0], (2, headdim), (3, dstate), &state);
+}
+
+/// H and G of all boundaries.
+struct States<'a, T> {
+    H: &'a [T],
+    G: &'a [T],
+    boundaries: &'a Boundaries,
+}
+
+/// What a task's tiles and heads use one after another.
+struct Scratch<T> {
+    x: Vec<T>,
+    dy: Vec<T>,
+    z: Vec<T>,
+    rows: Vec<T>,
+    E: Vec<T>,
+    P: Vec<T>,
+    dM: Vec<T>,
+    dCB: Vec<T>,
+    dB: Vec<T>,
+    dC: Vec<T>,
+    uDyH: Vec<T>,
+    initial: Vec<T>,
+    exit: Vec<T>,
+}
+
+impl<T: Real> Scratch<T> {
+    fn new(dims: &SsdDims) -> Self {
+        let SsdDims { headdim, dstate, .. } = *dims;
+        let [x, dy, z, rows, E] = std::array::from_fn(|_| vec![T::zero(); TILE * headdim]);
+        let [P, dM, dCB] = std::array::from_fn(|_| vec![T::zero(); TILE * TILE]);
+        let [dB, dC, uDyH] = std::array::from_fn(|_| vec![T::zero(); TILE * dstate]);
+        let [initial, exit] = std::array::from_fn(|_| vec![T::zero(); headdim * dstate]);
+        Scratch { x, dy, z, rows, E, P, dM, dCB, dB, dC, uDyH, initial, exit }
     }
 }
 
@@ -522,53 +647,74 @@ fn walk_states<T: Real>(
 fn backward_tile<T: Real>(
     shared: &Shared<'_, T>,
     gradients: &SsdGradients,
-    H: &[T],
-    G: &[T],
-    b: usize,
+    states: &States<'_, T>,
     group: usize,
-    tile: usize,
+    index: usize,
+    scratch: &mut Scratch<T>,
     partials: &mut [f64],
 ) {
-    let SsdDims { seqlen, nheads, headdim, dstate, .. } = shared.dims;
+    let SsdDims { nheads, headdim, dstate, .. } = shared.dims;
     let inputs = shared.inputs;
     let heads = shared.dims.heads_per_group();
-    let n = TILE.min(seqlen - tile * TILE);
-    let (B, C, CB) = shared.group(b, group, tile);
-    let zeros = |len: usize| vec![T::zero(); len];
-    let (mut x, mut dy, mut z) = (zeros(n * headdim), zeros(n * headdim), zeros(n * headdim));
-    let (mut rows, mut E) = (zeros(n * headdim), zeros(n * headdim));
-    let (mut P, mut dM, mut dCB) = (zeros(n * n), zeros(n * n), zeros(n * n));
-    let (mut dB, mut dC, mut uDyH) = (zeros(n * dstate), zeros(n * dstate), zeros(n * dstate));
+    let tile = &shared.tiles.tiles[index];
+    let n = tile.len;
+    let (B, C, CB) = shared.group(tile, group);
+    let (B_mat, C_mat) = (Mat::new(B, n, dstate), Mat::new(C, n, dstate));
+    let [x, dy, z, rows, E] =
+        [&mut scratch.x, &mut scratch.dy, &mut scratch.z, &mut scratch.rows, &mut scratch.E]
+            .map(|values| &mut values[..n * headdim]);
+    let [P, dM, dCB] =
+        [&mut scratch.P, &mut scratch.dM, &mut scratch.dCB].map(|values| &mut values[..n * n]);
+    let [dB, dC, uDyH] = [&mut scratch.dB, &mut scratch.dC, &mut scratch.uDyH]
+        .map(|values| &mut values[..n * dstate]);
     let mut line = [T::zero(); TILE];
+    dCB.fill(T::zero());
+    dB.fill(T::zero());
+    dC.fill(T::zero());
 
     for (head, partial) in partials.chunks_exact_mut(2 + headdim).enumerate() {
         let h = group * heads + head;
-        let at = [b, tile * TILE, h, 0];
-        let state = ((b * nheads + h) * shared.ntiles + tile) * headdim * dstate;
-        let (H, G) = (&H[state..][..headdim * dstate], &G[state..][..headdim * dstate]);
-        let H_mat = Mat::new(H, headdim, dstate);
+        let at = [tile.b, tile.begin, h, 0];
+        let boundary = |index: usize| {
+            let slot = states.boundaries.slot(tile.b, nheads, h, index) * headdim * dstate;
+            slot..slot + headdim * dstate
+        };
+        // The state that enters the tile, and the gradient of the one that leaves it: none where they are zero.
+        let H = if tile.entry == Entry::Carried {
+            Some(&states.H[boundary(index)])
+        } else if shared.load_entry(tile.entry, h, &mut scratch.initial) {
+            Some(&scratch.initial[..])
+        } else {
+            None
+        };
+        let G = if tile.goes_on {
+            Some(&states.G[boundary(index + 1)])
+        } else if load_exit(&shared.dims, gradients, tile, h, &mut scratch.exit) {
+            Some(&scratch.exit[..])
+        } else {
+            None
+        };
+        let (H_mat, G_mat) =
+            (H.map(|H| Mat::new(H, headdim, dstate)), G.map(|G| Mat::new(G, headdim, dstate)));
         let D = skip_weights::<T>(inputs, h);
-        let decays = simd!(shared.decays(b, h, tile));
+        let decays = simd!(shared.decays(tile, h));
         simd!({
-            inputs.x.load_tile(at, (1, n), (3, headdim), &mut x);
-            load_dy(inputs, gradients, at, &mut dy, &mut z);
-            decay_matrix(&decays, &mut P);
+            inputs.x.load_tile(at, (1, n), (3, headdim), x);
+            load_dy(inputs, gradients, at, dy, z);
+            decay_matrix(decays.l, P);
         });
-        let (X, dY) = (Mat::new(&x, n, headdim), Mat::new(&dy, n, headdim));
-        matmul(&mut dM, T::zero(), dY, X.t());
+        matmul(dM, T::zero(), Mat::new(dy, n, headdim), Mat::new(x, n, headdim).t());
 
         // One sweep turns L into P = CB o L and leaves dCB and the sums of K.
         let mut dl = [0.0; TILE];
         simd!({
             for t in 0..n {
-                let row = t * n + decays.first[t]..t * n + t + 1;
-                let tokens = decays.first[t]..t + 1;
+                let row = t * n..t * n + t + 1;
                 let (P, dCB) = (&mut P[row.clone()], &mut dCB[row.clone()]);
                 let (dM, CB) = (&dM[row.clone()], &CB[row]);
-                let K = &mut line[tokens.clone()];
-                let dt = &decays.dt[tokens.clone()];
+                let K = &mut line[..t + 1];
                 let sums = P.iter_mut().zip(dCB).zip(K.iter_mut());
-                let factors = dM.iter().zip(CB).zip(dt);
+                let factors = dM.iter().zip(CB).zip(decays.dt);
                 for (((P, dCB), K), ((&dM, &CB), &dt)) in sums.zip(factors) {
                     let weighted = *P * dt;
                     *dCB += dM * weighted;
@@ -576,9 +722,8 @@ fn backward_tile<T: Real>(
                     *K = dM * (CB * weighted);
                 }
                 // The diagonal does not depend on the decay.
-                let (_, K) = K.split_last().expect("a row holds its own token");
                 let mut row_sum = 0.0;
-                for (dl, K) in dl[tokens].iter_mut().zip(K) {
+                for (dl, K) in dl[..t].iter_mut().zip(K.iter()) {
                     *dl -= K.as_f64();
                     row_sum += K.as_f64();
                 }
@@ -587,25 +732,24 @@ fn backward_tile<T: Real>(
         });
 
         if let (Some(dz), Some(_)) = (&gradients.dz, &inputs.z) {
-            let (y, M) = (&mut rows, &mut dM);
             simd!({
-                for (t, (M, P)) in M.chunks_exact_mut(n).zip(P.chunks_exact(n)).enumerate() {
-                    M.fill(T::zero());
-                    let tokens = decays.first[t]..t + 1;
-                    let factors = P[tokens.clone()].iter().zip(&decays.dt[tokens.clone()]);
-                    for (M, (&P, &dt)) in M[tokens].iter_mut().zip(factors) {
+                for (t, (M, P)) in dM.chunks_exact_mut(n).zip(P.chunks_exact(n)).enumerate() {
+                    let (before, after) = M.split_at_mut(t + 1);
+                    for (M, (&P, &dt)) in before.iter_mut().zip(P.iter().zip(decays.dt)) {
                         *M = P * dt;
                     }
+                    after.fill(T::zero());
                 }
             });
-            scan_output(y, M, &x, C, H_mat, D.as_deref(), &decays);
+            let y = &mut *rows;
+            scan_output(y, dM, x, C, H_mat, D.as_deref(), &decays);
             simd!({
-                let dout = &mut E;
+                let dout = &mut *E;
                 match &gradients.dout {
                     Some(view) => view.load_tile(at, (1, n), (3, headdim), dout),
                     None => dout.fill(T::zero()),
                 }
-                for ((y, &dout), z) in y.iter_mut().zip(dout.iter()).zip(&z) {
+                for ((y, &dout), z) in y.iter_mut().zip(dout.iter()).zip(z.iter()) {
                     *y = *y * dout * z.silu_grad();
                 }
                 dz.store_tile(at, (1, n), (3, headdim), y);
@@ -613,67 +757,57 @@ fn backward_tile<T: Real>(
         }
 
         // dC, and r: what l gives through the entering state.
-        let (entered, last) = (decays.entered, decays.last);
-        simd!(scaled_rows(&mut rows, &dy, headdim, |t| decays.u[t]));
-        matmul(&mut uDyH, T::zero(), Mat::new(&rows, entered, headdim), H_mat);
-        simd!({
-            let tokens = uDyH.chunks_exact(dstate).zip(C.chunks_exact(dstate)).take(entered);
-            for (dl, (uDyH, C)) in dl.iter_mut().zip(tokens) {
-                *dl += dot(uDyH, C).as_f64();
-            }
-            for (dC, &uDyH) in dC.iter_mut().zip(&uDyH[..entered * dstate]) {
-                *dC += uDyH;
-            }
-            scaled_rows(&mut rows, &x, headdim, |t| decays.dt[t] * decays.w[t]);
-        });
-        let G_mat = Mat::new(G, headdim, dstate);
-        let leaving = Mat::new(&rows[last * headdim..], n - last, headdim);
-        matmul(&mut dB[last * dstate..], T::one(), leaving, G_mat);
-
-        let mut q = [0.0; TILE];
-        let (before, leaving) = E.split_at_mut(last * headdim);
-        before.fill(T::zero());
-        let B_leaving = Mat::new(&B[last * dstate..], n - last, dstate);
-        matmul(leaving, T::zero(), B_leaving, G_mat.t());
-        simd!({
-            scale_rows(leaving, headdim, &decays.w[last..]);
-            let rows = leaving.chunks_exact(headdim).zip(x[last * headdim..].chunks_exact(headdim));
-            for (t, (I, x)) in (last..).zip(rows) {
-                q[t] = (decays.dt[t] * dot(I, x)).as_f64();
-            }
-        });
-        for tokens in decays.documents() {
-            let rows = tokens.start * headdim..tokens.end * headdim;
-            let dY = Mat::new(&dy[rows.clone()], tokens.len(), headdim);
-            matmul(&mut E[rows], T::one(), Mat::diagonal_block(&P, n, tokens).t(), dY);
+        if let Some(H_mat) = H_mat {
+            simd!(scaled_rows(rows, dy, headdim, |t| decays.u[t]));
+            matmul(uDyH, T::zero(), Mat::new(rows, n, headdim), H_mat);
+            simd!({
+                let tokens = uDyH.chunks_exact(dstate).zip(C.chunks_exact(dstate));
+                for (dl, (uDyH, C)) in dl.iter_mut().zip(tokens) {
+                    *dl += dot(uDyH, C).as_f64();
+                }
+                for (dC, &uDyH) in dC.iter_mut().zip(uDyH.iter()) {
+                    *dC += uDyH;
+                }
+            });
         }
 
-        // da from what each l[t] gave: l[t] sums a from its document's start (or the tile's) up to t; w and g also hold
-        // the sum over all of the last document.
+        // What comes back from the leaving state: dB, I (in E) and q.
+        let mut q = [0.0; TILE];
+        let mut keep = T::zero();
+        if let Some(G_mat) = G_mat {
+            simd!(scaled_rows(rows, x, headdim, |t| decays.dt[t] * decays.w[t]));
+            matmul(dB, T::one(), Mat::new(rows, n, headdim), G_mat);
+            matmul(E, T::zero(), B_mat, G_mat.t());
+            simd!({
+                scale_rows(E, headdim, &decays.w);
+                let tokens = E.chunks_exact(headdim).zip(x.chunks_exact(headdim));
+                for ((q, &dt), (I, x)) in q.iter_mut().zip(decays.dt).zip(tokens) {
+                    *q = (dt * dot(I, x)).as_f64();
+                }
+            });
+            keep = T::one();
+        }
+        matmul(E, keep, Mat::new(P, n, n).t(), Mat::new(dy, n, headdim));
+
+        // da from what each l[t] gave, a sum of a up to t; w and g also hold the sum over the whole tile.
         let mut da = [0.0; TILE];
         let mut suffix = 0.0;
         for t in (0..n).rev() {
             suffix += dl[t];
             da[t] = suffix;
-            if decays.first[t] == t {
-                suffix = 0.0;
-            }
         }
-        let mut prefix = 0.0;
-        if decays.g != T::zero() {
-            prefix = (decays.g * simd!(dot(G, H))).as_f64();
-        }
-        for t in 0..n {
-            if t > 0 && decays.first[t] == t {
-                prefix = 0.0;
-            }
-            da[t] += prefix;
-            prefix += q[t];
+        let mut prefix = match (G, H) {
+            (Some(G), Some(H)) => (decays.g * simd!(dot(G, H))).as_f64(),
+            _ => 0.0,
+        };
+        for (da, q) in da.iter_mut().zip(&q) {
+            *da += prefix;
+            prefix += q;
         }
 
         let A: T = inputs.A.get([h]);
         let mut raw = [T::zero(); TILE];
-        inputs.dt.load_line([b, tile * TILE, h], 1, &mut raw[..n]);
+        inputs.dt.load_line([tile.b, tile.begin, h], 1, &mut raw[..n]);
         let (dA, rest) = partial.split_first_mut().expect("partials hold dA");
         let (ddt_bias, dD) = rest.split_first_mut().expect("partials hold ddt_bias");
         simd!({
@@ -695,20 +829,15 @@ fn backward_tile<T: Real>(
                     }
                 }
             }
-            gradients.dx.store_tile(at, (1, n), (3, headdim), &E);
+            gradients.dx.store_tile(at, (1, n), (3, headdim), E);
         });
-        gradients.ddt.store_line([b, tile * TILE, h], 1, &line[..n]);
+        gradients.ddt.store_line([tile.b, tile.begin, h], 1, &line[..n]);
     }
 
-    let decays = shared.decays(b, group * heads, tile);
-    for tokens in decays.documents() {
-        let rows = tokens.start * dstate..tokens.end * dstate;
-        let (B, C) = (&B[rows.clone()], &C[rows.clone()]);
-        let dCB = Mat::diagonal_block(&dCB, n, tokens.clone());
-        matmul(&mut dC[rows.clone()], T::one(), dCB, Mat::new(B, tokens.len(), dstate));
-        matmul(&mut dB[rows], T::one(), dCB.t(), Mat::new(C, tokens.len(), dstate));
-    }
-    let at = [b, tile * TILE, group, 0];
-    gradients.dB.store_tile(at, (1, n), (3, dstate), &dB);
-    gradients.dC.store_tile(at, (1, n), (3, dstate), &dC);
+    let dCB = Mat::new(dCB, n, n);
+    matmul(dC, T::one(), dCB, B_mat);
+    matmul(dB, T::one(), dCB.t(), C_mat);
+    let at = [tile.b, tile.begin, group, 0];
+    gradients.dB.store_tile(at, (1, n), (3, dstate), dB);
+    gradients.dC.store_tile(at, (1, n), (3, dstate), dC);
 }

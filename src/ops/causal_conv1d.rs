@@ -3,14 +3,21 @@
 use pyo3::prelude::*;
 
 use crate::cpu;
-use crate::dims::{Backend, Checker, ConvDims, optional};
+use crate::dims::{Backend, Checker, ConvDims, document_rows, initial_rows, optional};
 use crate::error::{Error, Result};
 use crate::ops::with_accumulator;
 use crate::tensor::{TensorArg, View};
 use crate::torch::run;
 
-/// x, weight; bias, seq_idx, initial_states where given.
-type ConvTensors = (TensorArg, TensorArg, Option<TensorArg>, Option<TensorArg>, Option<TensorArg>);
+/// x, weight; bias, seq_idx, cu_seqlens, initial_states where given.
+type ConvTensors = (
+    TensorArg,
+    TensorArg,
+    Option<TensorArg>,
+    Option<TensorArg>,
+    Option<TensorArg>,
+    Option<TensorArg>,
+);
 
 /// What forward and backward both read.
 pub struct ConvInputs {
@@ -19,25 +26,34 @@ pub struct ConvInputs {
     pub weight: View<2>,
     pub bias: Option<View<1>>,
     pub seq_idx: Option<View<2>>,
+    pub cu_seqlens: Option<View<1>>,
     pub initial_states: Option<View<3>>,
     pub silu: bool,
 }
 
 impl ConvInputs {
     fn new(check: &Checker, tensors: &ConvTensors, silu: bool) -> Result<Self> {
-        let (x, weight, bias, seq_idx, initial_states) = tensors;
+        let (x, weight, bias, seq_idx, cu_seqlens, initial_states) = tensors;
         let dims = ConvDims::new(x, weight)?;
+        let cu_seqlens = optional(cu_seqlens, |bounds| check.cu_seqlens(bounds, dims.batch))?;
         Ok(ConvInputs {
             x: check.same("x", x, dims.x())?,
             weight: check.same_or_f32("weight", weight, dims.weight())?,
             bias: optional(bias, |bias| check.same_or_f32("bias", bias, dims.bias()))?,
             seq_idx: optional(seq_idx, |ids| check.int32("seq_idx", ids, dims.seq_idx()))?,
             initial_states: optional(initial_states, |states| {
-                check.same_or_f32("initial_states", states, dims.states())
+                let rows = initial_rows(dims.batch, cu_seqlens.as_ref(), states);
+                check.same_or_f32("initial_states", states, dims.states(rows))
             })?,
+            cu_seqlens,
             silu,
             dims,
         })
+    }
+
+    /// The shape of final_states.
+    fn final_states(&self) -> [(&'static str, usize); 3] {
+        self.dims.states(document_rows(self.dims.batch, self.cu_seqlens.as_ref()))
     }
 }
 
@@ -64,14 +80,14 @@ pub fn causal_conv1d_forward(
         let inputs = ConvInputs::new(&check, &tensors, silu)?;
         let out = check.same("out", &out, inputs.dims.x())?;
         let final_states = optional(&final_states, |states| {
-            check.same("final_states", states, inputs.dims.states())
+            check.same("final_states", states, inputs.final_states())
         })?;
         match check.backend {
             Backend::Cpu => cpu::pool::install(threads, || {
                 with_accumulator!(check.dtype, T => {
-                    cpu::causal_conv1d::forward::<T>(&inputs, &out, final_states.as_ref());
-                });
-            }),
+                    cpu::causal_conv1d::forward::<T>(&inputs, &out, final_states.as_ref())
+                })
+            })?,
         }
     })
 }
@@ -96,21 +112,22 @@ pub fn causal_conv1d_backward(
         let gradients = ConvGradients {
             dout: optional(&dout, |dout| check.same("dout", dout, dims.x()))?,
             dfinal_states: optional(&dfinal_states, |states| {
-                check.same("dfinal_states", states, dims.states())
+                check.same("dfinal_states", states, inputs.final_states())
             })?,
             dx: check.same("dx", &dx, dims.x())?,
             dweight: check.same_or_f32("dweight", &dweight, dims.weight())?,
             dbias: optional(&dbias, |dbias| check.same_or_f32("dbias", dbias, dims.bias()))?,
             dinitial_states: optional(&dinitial_states, |states| {
-                check.same_or_f32("dinitial_states", states, dims.states())
+                let rows = initial_rows(dims.batch, inputs.cu_seqlens.as_ref(), states);
+                check.same_or_f32("dinitial_states", states, dims.states(rows))
             })?,
         };
         match check.backend {
             Backend::Cpu => cpu::pool::install(threads, || {
                 with_accumulator!(check.dtype, T => {
-                    cpu::causal_conv1d::backward::<T>(&inputs, &gradients);
-                });
-            }),
+                    cpu::causal_conv1d::backward::<T>(&inputs, &gradients)
+                })
+            })?,
         }
     })
 }
@@ -127,7 +144,7 @@ pub fn causal_conv1d_update(
     out: TensorArg,
 ) -> PyResult<()> {
     run(py, |threads| {
-        let tensors = (x, weight, bias, None, None);
+        let tensors = (x, weight, bias, None, None, None);
         let check = Checker::new("x", &tensors.0)?;
         let inputs = ConvInputs::new(&check, &tensors, silu)?;
         let dims = inputs.dims;

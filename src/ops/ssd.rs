@@ -3,19 +3,20 @@
 use pyo3::prelude::*;
 
 use crate::cpu;
-use crate::dims::{Backend, Checker, SsdDims, optional};
-use crate::error::Result;
+use crate::dims::{Backend, Checker, SsdDims, document_rows, initial_rows, optional};
+use crate::error::{Error, Result};
 use crate::ops::with_accumulator;
 use crate::tensor::{TensorArg, View};
 use crate::torch::run;
 
-/// x, dt, A, B, C; D, z, dt_bias, initial_states, seq_idx where given.
+/// x, dt, A, B, C; D, z, dt_bias, initial_states, seq_idx, cu_seqlens where given.
 type SsdTensors = (
     TensorArg,
     TensorArg,
     TensorArg,
     TensorArg,
     TensorArg,
+    Option<TensorArg>,
     Option<TensorArg>,
     Option<TensorArg>,
     Option<TensorArg>,
@@ -37,6 +38,7 @@ pub struct SsdInputs {
     pub dt_bias: Option<View<1>>,
     pub initial_states: Option<View<4>>,
     pub seq_idx: Option<View<2>>,
+    pub cu_seqlens: Option<View<1>>,
     pub dt_softplus: bool,
     /// (low, high), low <= high.
     pub dt_limit: (f64, f64),
@@ -49,8 +51,9 @@ impl SsdInputs {
         dt_softplus: bool,
         dt_limit: (f64, f64),
     ) -> Result<Self> {
-        let (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx) = tensors;
+        let (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens) = tensors;
         let dims = SsdDims::new(x, B)?;
+        let cu_seqlens = optional(cu_seqlens, |bounds| check.cu_seqlens(bounds, dims.batch))?;
         Ok(SsdInputs {
             dims,
             x: check.same("x", x, dims.x())?,
@@ -62,12 +65,31 @@ impl SsdInputs {
             z: optional(z, |z| check.same("z", z, dims.x()))?,
             dt_bias: optional(dt_bias, |bias| check.same_or_f32("dt_bias", bias, dims.heads()))?,
             initial_states: optional(initial_states, |states| {
-                check.same_or_f32("initial_states", states, dims.states())
+                let rows = initial_rows(dims.batch, cu_seqlens.as_ref(), states);
+                check.same_or_f32("initial_states", states, dims.states(rows))
             })?,
+            cu_seqlens,
             seq_idx: optional(seq_idx, |ids| check.int32("seq_idx", ids, dims.seq_idx()))?,
             dt_softplus,
             dt_limit,
         })
+    }
+
+    /// The shape of final_states.
+    fn final_states(&self) -> [(&'static str, usize); 4] {
+        self.dims.states(("batch", self.dims.batch))
+    }
+
+    /// The shape of varlen_states.
+    fn varlen_states(&self) -> Result<[(&'static str, usize); 4]> {
+        if self.cu_seqlens.is_none() {
+            return Err(Error::Value {
+                arg: "varlen_states",
+                got: "a tensor without cu_seqlens".into(),
+                allowed: "both, or neither".into(),
+            });
+        }
+        Ok(self.dims.states(document_rows(self.dims.batch, self.cu_seqlens.as_ref())))
     }
 }
 
@@ -85,10 +107,19 @@ fn per_head_or_element(
     }
 }
 
+/// The returned states, where asked for.
+pub struct SsdStates {
+    /// After each sequence's last token.
+    pub final_states: Option<View<4>>,
+    /// After each document's last token.
+    pub varlen_states: Option<View<4>>,
+}
+
 /// Gradients that come in, and where those that go out are written.
 pub struct SsdGradients {
     pub dout: Option<View<4>>,
     pub dfinal_states: Option<View<4>>,
+    pub dvarlen_states: Option<View<4>>,
     pub dx: View<4>,
     pub ddt: View<3>,
     pub dA: View<1>,
@@ -100,7 +131,7 @@ pub struct SsdGradients {
     pub dinitial_states: Option<View<4>>,
 }
 
-/// out (batch, seqlen, nheads, headdim) and, where given, final_states are written.
+/// out (batch, seqlen, nheads, headdim) and, where given, final_states and varlen_states are written.
 #[pyfunction]
 pub fn ssd_forward(
     py: Python<'_>,
@@ -109,20 +140,25 @@ pub fn ssd_forward(
     dt_limit: (f64, f64),
     out: TensorArg,
     final_states: Option<TensorArg>,
+    varlen_states: Option<TensorArg>,
 ) -> PyResult<()> {
     run(py, |threads| {
         let check = Checker::new("x", &tensors.0)?;
         let inputs = SsdInputs::new(&check, &tensors, dt_softplus, dt_limit)?;
         let out = check.same("out", &out, inputs.dims.x())?;
-        let final_states = optional(&final_states, |states| {
-            check.accumulator("final_states", states, inputs.dims.states())
-        })?;
+        let states = SsdStates {
+            final_states: optional(&final_states, |states| {
+                check.accumulator("final_states", states, inputs.final_states())
+            })?,
+            varlen_states: optional(&varlen_states, |states| {
+                check.floating("varlen_states", states, inputs.varlen_states()?)
+            })?,
+        };
         match check.backend {
-            Backend::Cpu => cpu::pool::install(threads, || {
-                with_accumulator!(check.dtype, T => {
-                    cpu::ssd::forward::<T>(&inputs, &out, final_states.as_ref());
-                });
-            }),
+            Backend::Cpu => cpu::pool::install(
+                threads,
+                || with_accumulator!(check.dtype, T => cpu::ssd::forward::<T>(&inputs, &out, &states)),
+            )?,
         }
     })
 }
@@ -136,6 +172,7 @@ pub fn ssd_backward(
     dt_limit: (f64, f64),
     dout: Option<TensorArg>,
     dfinal_states: Option<TensorArg>,
+    dvarlen_states: Option<TensorArg>,
     dx: TensorArg,
     ddt: TensorArg,
     dA: TensorArg,
@@ -153,7 +190,10 @@ pub fn ssd_backward(
         let gradients = SsdGradients {
             dout: optional(&dout, |dout| check.same("dout", dout, dims.x()))?,
             dfinal_states: optional(&dfinal_states, |states| {
-                check.accumulator("dfinal_states", states, dims.states())
+                check.accumulator("dfinal_states", states, inputs.final_states())
+            })?,
+            dvarlen_states: optional(&dvarlen_states, |states| {
+                check.floating("dvarlen_states", states, inputs.varlen_states()?)
             })?,
             dx: check.same("dx", &dx, dims.x())?,
             ddt: check.same_or_f32("ddt", &ddt, dims.dt())?,
@@ -166,13 +206,15 @@ pub fn ssd_backward(
                 check.same_or_f32("ddt_bias", bias, dims.heads())
             })?,
             dinitial_states: optional(&dinitial_states, |states| {
-                check.same_or_f32("dinitial_states", states, dims.states())
+                let rows = initial_rows(dims.batch, inputs.cu_seqlens.as_ref(), states);
+                check.same_or_f32("dinitial_states", states, dims.states(rows))
             })?,
         };
         match check.backend {
-            Backend::Cpu => cpu::pool::install(threads, || {
-                with_accumulator!(check.dtype, T => cpu::ssd::backward::<T>(&inputs, &gradients));
-            }),
+            Backend::Cpu => cpu::pool::install(
+                threads,
+                || with_accumulator!(check.dtype, T => cpu::ssd::backward::<T>(&inputs, &gradients)),
+            )?,
         }
     })
 }

@@ -1,5 +1,7 @@
 """What the ops share."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,3 +15,9 @@ def written(tensor: Tensor) -> None:
 def empty_like(tensor: Tensor | None) -> Tensor | None:
     """An uninitialised tensor for the gradient of an optional argument."""
     return None if tensor is None else torch.empty_like(tensor)
+
+
+def results(out: Tensor, *states: Tensor | None) -> Any:
+    """What an op returns: out alone, or a tuple with the states that were asked for."""
+    returned = [state for state in states if state is not None]
+    return (out, *returned) if returned else out

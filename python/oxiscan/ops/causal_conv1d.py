@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from oxiscan import _C
-from oxiscan._arguments import check, is_silu, not_yet, sizes
+from oxiscan._arguments import check, is_silu, ndocs, not_yet, sizes
 
 from ._common import empty_like, written
 
@@ -20,6 +20,7 @@ class _CausalConv1d(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         seq_idx: Tensor | None,
+        cu_seqlens: Tensor | None,
         initial_states: Tensor | None,
         silu: bool,
         return_final_states: bool,
@@ -27,8 +28,10 @@ class _CausalConv1d(torch.autograd.Function):
         batch, dim, _ = sizes("x", x, "batch", "dim", "seqlen")
         width = sizes("weight", weight, "dim", "width")[1]
         out = torch.empty_like(x)
-        final_states = x.new_empty(batch, dim, max(width - 1, 0)) if return_final_states else None
-        tensors = (x, weight, bias, seq_idx, initial_states)
+        final_states = None
+        if return_final_states:
+            final_states = x.new_empty(ndocs(cu_seqlens, batch), dim, max(width - 1, 0))
+        tensors = (x, weight, bias, seq_idx, cu_seqlens, initial_states)
         _C.causal_conv1d_forward(tensors, silu, out, final_states)
         ctx.save_for_backward(*tensors)
         ctx.silu = silu
@@ -39,11 +42,11 @@ class _CausalConv1d(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dfinal_states: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
-        x, weight, bias, _, initial_states = tensors
+        x, weight, bias, _, _, initial_states = tensors
         dx, dweight = torch.empty_like(x), torch.empty_like(weight)
         dbias, dinitial_states = empty_like(bias), empty_like(initial_states)
         _C.causal_conv1d_backward(tensors, ctx.silu, dout, dfinal_states, dx, dweight, dbias, dinitial_states)
-        return dx, dweight, dbias, None, dinitial_states, None, None
+        return dx, dweight, dbias, None, None, dinitial_states, None, None
 
 
 def causal_conv1d_fn(
@@ -67,26 +70,30 @@ def causal_conv1d_fn(
         seq_idx: (batch, seqlen) int32, the document of each token. One starts wherever the id differs from the token
             before; no tap reaches across. A token with a negative id gives 0.
         initial_states: (batch, dim, width - 1), the inputs before token 0, in x's dtype or float32; they belong to the
-            document that contains token 0. Zeros if left out.
-        return_final_states: also return the last width - 1 inputs of the last document, (batch, dim, width - 1) in x's
-            dtype: the initial states of what follows. Differentiable.
+            run of equal ids that contains token 0. With cu_seqlens (ndocs, dim, width - 1), one for each document, or
+            (1, dim, width - 1), for the first document. Zeros if left out.
+        return_final_states: also return the last width - 1 inputs of the last run of equal ids, (batch, dim, width - 1)
+            in x's dtype: the initial states of what follows. With cu_seqlens (ndocs, dim, width - 1), those of each
+            document; a document without tokens gives its initial state. Differentiable.
         final_states_out: where to write those, instead of a new tensor; of their shape and dtype.
         activation: None, "silu" or "swish".
-        cu_seqlens: not supported yet.
+        cu_seqlens: (ndocs + 1,) int32 or int64, for a batch of 1: document i has the tokens from cu_seqlens[i] to
+            cu_seqlens[i + 1]. Starts at 0, repeats for a document without tokens; tokens past the last value are one
+            more document, without states. Documents start anew as with seq_idx, which may cut them further.
 
     Returns:
         out, of x's shape, dtype and layout; with return_final_states (out, final_states).
 
     Raises:
-        ValueError, TypeError: an argument that does not fit, by name. NotImplementedError: cu_seqlens.
+        ValueError, TypeError: an argument that does not fit, by name.
     """
-    not_yet(cu_seqlens=cu_seqlens)
     if final_states_out is not None:
         batch, dim, _ = sizes("x", x, "batch", "dim", "seqlen")
         width = sizes("weight", weight, "dim", "width")[1]
-        check("final_states_out", final_states_out, {"batch": batch, "dim": dim, "width - 1": width - 1}, x.dtype)
+        rows = {"batch" if cu_seqlens is None else "ndocs": ndocs(cu_seqlens, batch)}
+        check("final_states_out", final_states_out, rows | {"dim": dim, "width - 1": width - 1}, x.dtype)
     out, final_states = _CausalConv1d.apply(
-        x, weight, bias, seq_idx, initial_states, is_silu(activation), return_final_states
+        x, weight, bias, seq_idx, cu_seqlens, initial_states, is_silu(activation), return_final_states
     )
     if not return_final_states:
         return out

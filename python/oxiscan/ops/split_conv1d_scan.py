@@ -16,12 +16,13 @@ from oxiscan._arguments import (
     check_optional,
     is_silu,
     limits,
-    not_yet,
+    ndocs,
     number,
     sizes,
+    varlen_states_dtype,
 )
 
-from ._common import empty_like
+from ._common import empty_like, results
 
 
 class _Sizes(NamedTuple):
@@ -65,6 +66,7 @@ class _Options(NamedTuple):
     norm_before_gate: bool
     return_final_states: bool
     return_final_conv_states: bool
+    varlen_dtype: torch.dtype | None
 
     def norm(self) -> tuple[float, int, bool]:
         """eps, group_size and norm_before_gate of the gated norm."""
@@ -87,25 +89,28 @@ class _SplitConv1dScan(torch.autograd.Function):
         initial_states: Tensor | None,
         initial_conv_states: Tensor | None,
         seq_idx: Tensor | None,
+        cu_seqlens: Tensor | None,
         options: _Options,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         split = options.sizes
-        batch = zxbcdt.shape[0]
+        batch, rows = zxbcdt.shape[0], ndocs(cu_seqlens, zxbcdt.shape[0])
         z, xBC, dt = split.split(zxbcdt)
-        final_states = final_conv_states = None
+        final_states = final_conv_states = varlen_states = None
+        state = (split.nheads, split.headdim, split.dstate)
         if options.return_final_states:
-            states = (batch, split.nheads, split.headdim, split.dstate)
-            final_states = zxbcdt.new_empty(states, dtype=acc_dtype(zxbcdt))
+            final_states = zxbcdt.new_empty(batch, *state, dtype=acc_dtype(zxbcdt))
         if options.return_final_conv_states:
-            final_conv_states = zxbcdt.new_empty(batch, split.conv_dim, conv1d_weight.shape[1] - 1)
+            final_conv_states = zxbcdt.new_empty(rows, split.conv_dim, conv1d_weight.shape[1] - 1)
+        if options.varlen_dtype is not None:
+            varlen_states = zxbcdt.new_empty(rows, *state, dtype=options.varlen_dtype)
 
         conv, y = torch.empty_like(xBC), torch.empty_like(z)
-        conv_tensors = (xBC.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx, initial_conv_states)
+        conv_tensors = (xBC.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx, cu_seqlens, initial_conv_states)
         _C.causal_conv1d_forward(conv_tensors, options.silu, conv.transpose(1, 2), final_conv_states)
         gate = split.heads(z) if rmsnorm_weight is None else None
         x, B, C = split.scan_operands(conv)
-        scan_tensors = (x, dt, A, B, C, D, gate, dt_bias, initial_states, seq_idx)
-        _C.ssd_forward(scan_tensors, True, options.dt_limit, split.heads(y), final_states)
+        scan_tensors = (x, dt, A, B, C, D, gate, dt_bias, initial_states, seq_idx, cu_seqlens)
+        _C.ssd_forward(scan_tensors, True, options.dt_limit, split.heads(y), final_states, varlen_states)
         out = y
         if rmsnorm_weight is not None:
             out = torch.empty_like(y)
@@ -122,19 +127,24 @@ class _SplitConv1dScan(torch.autograd.Function):
             initial_states,
             initial_conv_states,
             seq_idx,
+            cu_seqlens,
             None if rmsnorm_weight is None else y,
         )
         ctx.options = options
         ctx.set_materialize_grads(False)
-        return out, final_states, final_conv_states
+        return out, final_states, final_conv_states, varlen_states
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, dout: Tensor | None, dfinal_states: Tensor | None, dfinal_conv_states: Tensor | None
+        ctx: Any,
+        dout: Tensor | None,
+        dfinal_states: Tensor | None,
+        dfinal_conv_states: Tensor | None,
+        dvarlen_states: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, rmsnorm_weight, *rest = ctx.saved_tensors
-        initial_states, initial_conv_states, seq_idx, y = rest
+        initial_states, initial_conv_states, seq_idx, cu_seqlens, y = rest
         options: _Options = ctx.options
         split = options.sizes
         z, xBC, dt = split.split(zxbcdt)
@@ -155,17 +165,17 @@ class _SplitConv1dScan(torch.autograd.Function):
 
         # The convolution is recomputed: cheaper than keeping its result from forward on.
         conv, dconv = torch.empty_like(xBC), torch.empty_like(xBC)
-        conv_tensors = (xBC.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx, initial_conv_states)
+        conv_tensors = (xBC.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx, cu_seqlens, initial_conv_states)
         _C.causal_conv1d_forward(conv_tensors, options.silu, conv.transpose(1, 2), None)
 
         x, B, C = split.scan_operands(conv)
         dx, dB, dC = split.scan_operands(dconv)
         dA, dD, ddt_bias = torch.empty_like(A), torch.empty_like(D), torch.empty_like(dt_bias)
         dinitial_states = empty_like(initial_states)
-        scan_tensors = (x, dt, A, B, C, D, gate, dt_bias, initial_states, seq_idx)
+        scan_tensors = (x, dt, A, B, C, D, gate, dt_bias, initial_states, seq_idx, cu_seqlens)
         scan_gradients = (dx, ddt, dA, dB, dC, dD, dgate, ddt_bias, dinitial_states)
         dy = None if dy is None else split.heads(dy)
-        _C.ssd_backward(scan_tensors, True, options.dt_limit, dy, dfinal_states, *scan_gradients)
+        _C.ssd_backward(scan_tensors, True, options.dt_limit, dy, dfinal_states, dvarlen_states, *scan_gradients)
 
         dconv1d_weight, dconv1d_bias = torch.empty_like(conv1d_weight), empty_like(conv1d_bias)
         dinitial_conv_states = empty_like(initial_conv_states)
@@ -180,7 +190,7 @@ class _SplitConv1dScan(torch.autograd.Function):
             dinitial_conv_states,
         )
         parameters = (dconv1d_weight, dconv1d_bias, ddt_bias, dA, dD, drmsnorm_weight)
-        return dzxbcdt, *parameters, dinitial_states, dinitial_conv_states, None, None
+        return dzxbcdt, *parameters, dinitial_states, dinitial_conv_states, None, None, None
 
 
 def _split_sizes(
@@ -241,6 +251,7 @@ def mamba_split_conv1d_scan_combined(
     initial_conv_states: Tensor | None = None,
     return_final_conv_states: bool = False,
     cu_seqlens: Tensor | None = None,
+    return_varlen_states: bool = False,
 ) -> Any:
     """A Mamba-2 mixer between its projections: split, causal convolution, scan with softplus of dt, gate, norm.
 
@@ -254,9 +265,12 @@ def mamba_split_conv1d_scan_combined(
         conv1d_weight: (dim + 2 ngroups dstate, width); conv1d_bias: (dim + 2 ngroups dstate,).
         dt_bias, A: (nheads,); D: (nheads,) or (nheads, headdim). These and the weights in zxbcdt's dtype or float32.
         chunk_size: >= 1; the result does not depend on it beyond rounding.
-        initial_states: (batch, nheads, headdim, dstate).
-        initial_conv_states: (batch, dim + 2 ngroups dstate, width - 1).
+        initial_states: (batch, nheads, headdim, dstate); with cu_seqlens (ndocs, ...), or (1, ...) for the first
+            document.
+        initial_conv_states: (batch, dim + 2 ngroups dstate, width - 1); with cu_seqlens as initial_states.
         seq_idx: (batch, seqlen) int32, the document of each token; convolution and state start anew with each.
+        cu_seqlens: (ndocs + 1,) int32 or int64, for a batch of 1: where documents begin and end, as for
+            `mamba_chunk_scan_combined`.
         dt_limit: clamps softplus(dt + dt_bias).
         return_final_states: also return the scan's last state, float32 (float64 for float64).
         activation: of the convolution: None, "silu" or "swish".
@@ -265,19 +279,20 @@ def mamba_split_conv1d_scan_combined(
         outproj_weight: (out_features, dim); outproj_bias: (out_features,). The projection runs in zxbcdt's dtype, under
             autocast in autocast's.
         headdim: needed when D is (nheads,).
-        return_final_conv_states: also return the last width - 1 inputs of the convolution.
-        state_dtype: the dtype of stored chunk states; this backend stores none between forward and backward.
-        cu_seqlens: not supported yet.
+        return_final_conv_states: also return the last width - 1 inputs of the convolution, with cu_seqlens those of
+            each document.
+        return_varlen_states: with cu_seqlens, also return the scan's state after each document.
+        state_dtype: the dtype of states that are stored, zxbcdt's if left out: here varlen_states, as this backend
+            keeps no states between forward and backward.
 
     Returns:
         out (batch, seqlen, dim or out_features) in zxbcdt's dtype and order of dimensions in memory; with the flags
-        (out, final_states), (out, final_conv_states) or (out, final_states, final_conv_states). All differentiable.
+        (out[, final_states][, final_conv_states][, varlen_states]). All differentiable.
 
     Raises:
         ValueError, TypeError: an argument that does not fit, by name.
-        NotImplementedError: cu_seqlens; channels of zxbcdt outside the scan.
+        NotImplementedError: channels of zxbcdt outside the scan.
     """
-    not_yet(cu_seqlens=cu_seqlens)
     check_chunks(chunk_size, state_dtype)
     split = _split_sizes(zxbcdt, conv1d_weight, dt_bias, D, headdim, ngroups)
     batch, width = zxbcdt.shape[0], conv1d_weight.shape[1]
@@ -287,9 +302,10 @@ def mamba_split_conv1d_scan_combined(
         raise ValueError(f"conv1d_weight: got width = {width}; allowed: width from 2 to 8")
     check("conv1d_weight", conv1d_weight, conv_dim | {"width": width}, *dtypes)
     check_optional("conv1d_bias", conv1d_bias, conv_dim, *dtypes)
-    check_optional(
-        "initial_conv_states", initial_conv_states, {"batch": batch} | conv_dim | {"width - 1": width - 1}, *dtypes
-    )
+    rows = {"batch" if cu_seqlens is None else "ndocs": ndocs(cu_seqlens, batch)}
+    if cu_seqlens is not None and isinstance(initial_conv_states, Tensor) and initial_conv_states.shape[:1] == (1,):
+        rows = {"first document": 1}
+    check_optional("initial_conv_states", initial_conv_states, rows | conv_dim | {"width - 1": width - 1}, *dtypes)
     check_optional("rmsnorm_weight", rmsnorm_weight, {"dim": split.dim}, *dtypes)
     if number("rmsnorm_eps", rmsnorm_eps) < 0:
         raise ValueError(f"rmsnorm_eps: got {rmsnorm_eps}; allowed: rmsnorm_eps >= 0")
@@ -307,8 +323,9 @@ def mamba_split_conv1d_scan_combined(
         norm_before_gate=norm_before_gate,
         return_final_states=return_final_states,
         return_final_conv_states=return_final_conv_states,
+        varlen_dtype=varlen_states_dtype(return_varlen_states, cu_seqlens, state_dtype, zxbcdt.dtype),
     )
-    out, final_states, final_conv_states = _SplitConv1dScan.apply(
+    out, *states = _SplitConv1dScan.apply(
         zxbcdt,
         conv1d_weight,
         conv1d_bias,
@@ -319,14 +336,10 @@ def mamba_split_conv1d_scan_combined(
         initial_states,
         initial_conv_states,
         seq_idx,
+        cu_seqlens,
         options,
     )
     if outproj_weight is not None:
         bias = None if outproj_bias is None else outproj_bias.to(out.dtype)
         out = F.linear(out, outproj_weight.to(out.dtype), bias)
-    results = [out]
-    if return_final_states:
-        results.append(final_states)
-    if return_final_conv_states:
-        results.append(final_conv_states)
-    return results[0] if len(results) == 1 else tuple(results)
+    return results(out, *states)

@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from oxiscan import _C
-from oxiscan._arguments import acc_dtype, check_chunks, limits, not_yet, sizes
+from oxiscan._arguments import acc_dtype, check_chunks, limits, ndocs, sizes, varlen_states_dtype
 
-from ._common import empty_like
+from ._common import empty_like, results
 
 
 class _ChunkScan(torch.autograd.Function):
@@ -26,34 +26,40 @@ class _ChunkScan(torch.autograd.Function):
         dt_bias: Tensor | None,
         initial_states: Tensor | None,
         seq_idx: Tensor | None,
+        cu_seqlens: Tensor | None,
         dt_softplus: bool,
         dt_limit: tuple[float, float],
         return_final_states: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+        varlen_dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         batch, _, nheads, headdim = sizes("x", x, "batch", "seqlen", "nheads", "headdim")
         dstate = sizes("B", B, "batch", "seqlen", "ngroups", "dstate")[3]
         out = torch.empty_like(x)
-        final_states = None
+        final_states = varlen_states = None
         if return_final_states:
             final_states = x.new_empty(batch, nheads, headdim, dstate, dtype=acc_dtype(x))
-        tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx)
-        _C.ssd_forward(tensors, dt_softplus, dt_limit, out, final_states)
+        if varlen_dtype is not None:
+            varlen_states = x.new_empty(ndocs(cu_seqlens, batch), nheads, headdim, dstate, dtype=varlen_dtype)
+        tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens)
+        _C.ssd_forward(tensors, dt_softplus, dt_limit, out, final_states, varlen_states)
         ctx.save_for_backward(*tensors)
         ctx.options = dt_softplus, dt_limit
         ctx.set_materialize_grads(False)
-        return out, final_states
+        return out, final_states, varlen_states
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dfinal_states: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, dout: Tensor | None, dfinal_states: Tensor | None, dvarlen_states: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors  # once: activation checkpointing unpacks each tensor a single time
-        x, dt, A, B, C, D, z, dt_bias, initial_states, _ = tensors
+        x, dt, A, B, C, D, z, dt_bias, initial_states, _, _ = tensors
         dt_softplus, dt_limit = ctx.options
         dx, ddt, dA, dB, dC = (torch.empty_like(t) for t in (x, dt, A, B, C))
         dD, dz, ddt_bias, dinitial_states = (empty_like(t) for t in (D, z, dt_bias, initial_states))
         gradients = (dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_states)
-        _C.ssd_backward(tensors, dt_softplus, dt_limit, dout, dfinal_states, *gradients)
-        return *gradients, None, None, None, None
+        _C.ssd_backward(tensors, dt_softplus, dt_limit, dout, dfinal_states, dvarlen_states, *gradients)
+        return *gradients, None, None, None, None, None, None
 
 
 def mamba_chunk_scan_combined(
@@ -80,7 +86,8 @@ def mamba_chunk_scan_combined(
     Per head, with a state of (headdim, dstate):
     state[t] = exp(dt[t] A) state[t - 1] + dt[t] x[t] B[t]^T;  out[t] = (state[t] C[t] + D x[t]) silu(z[t]).
 
-    A value that is not finite stays within its document, where it may also reach up to 63 tokens before it.
+    A value that is not finite stays within its document, where it may also reach up to 63 tokens before it. A document
+    gives the same bits alone and packed with others.
 
     Args:
         x: (batch, seqlen, nheads, headdim), float32, float64, bfloat16 or float16, any strides.
@@ -93,25 +100,32 @@ def mamba_chunk_scan_combined(
         D: (nheads,) or (nheads, headdim), in x's dtype or float32.
         z: x's shape and dtype.
         dt_bias: (nheads,), in x's dtype or float32.
-        initial_states: (batch, nheads, headdim, dstate), in x's dtype or float32; they belong to the document that
-            contains token 0. Zeros if left out.
+        initial_states: (batch, nheads, headdim, dstate), in x's dtype or float32; they belong to the run of equal ids
+            that contains token 0. With cu_seqlens (ndocs, nheads, headdim, dstate), one for each document, or
+            (1, nheads, headdim, dstate), for the first document. Zeros if left out.
         seq_idx: (batch, seqlen) int32, the document of each token: the state is 0 where the id differs from the token
             before.
+        cu_seqlens: (ndocs + 1,) int32 or int64, for a batch of 1: document i has the tokens from cu_seqlens[i] to
+            cu_seqlens[i + 1]. Starts at 0, repeats for a document without tokens; tokens past the last value are one
+            more document, without states. Documents start anew as with seq_idx, which may cut them further.
         return_final_states: also return the state after the last token, (batch, nheads, headdim, dstate) float32
             (float64 for float64). Differentiable.
-        state_dtype: the dtype of stored chunk states; this backend stores none between forward and backward.
-        cu_seqlens, return_varlen_states: not supported yet.
+        return_varlen_states: with cu_seqlens, also return the state after each document's last token, (ndocs, nheads,
+            headdim, dstate) in state_dtype; a document without tokens gives its initial state. Differentiable.
+        state_dtype: the dtype of states that are stored, C's dtype if left out: here varlen_states, as this backend
+            keeps no states between forward and backward.
 
     Returns:
-        out, of x's shape and dtype; with return_final_states (out, final_states).
+        out, of x's shape and dtype; with the flags (out, final_states), (out, varlen_states) or
+        (out, final_states, varlen_states).
 
     Raises:
         ValueError, TypeError: an argument that does not fit, by name.
-        NotImplementedError: cu_seqlens, return_varlen_states.
     """
-    not_yet(cu_seqlens=cu_seqlens, return_varlen_states=return_varlen_states)
     check_chunks(chunk_size, state_dtype)
-    tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx)
-    options = (bool(dt_softplus), limits("dt_limit", dt_limit), return_final_states)
-    out, final_states = _ChunkScan.apply(*tensors, *options)
-    return (out, final_states) if return_final_states else out
+    sizes("C", C, "batch", "seqlen", "ngroups", "dstate")
+    varlen_dtype = varlen_states_dtype(return_varlen_states, cu_seqlens, state_dtype, C.dtype)
+    tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens)
+    options = (bool(dt_softplus), limits("dt_limit", dt_limit), return_final_states, varlen_dtype)
+    out, *states = _ChunkScan.apply(*tensors, *options)
+    return results(out, *states)

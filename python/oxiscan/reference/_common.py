@@ -12,6 +12,19 @@ def document_starts(seq_idx: Tensor) -> Tensor:
     return starts
 
 
+def documents(cu_seqlens: Tensor, seqlen: int) -> list[tuple[int, int]]:
+    """First token and end of each document, and of what lies past the last one."""
+    bounds = [*cu_seqlens.tolist(), seqlen]
+    return list(zip(bounds, bounds[1:], strict=False))
+
+
+def initial_row(initial_states: Tensor | None, document: int, cu_seqlens: Tensor) -> Tensor | None:
+    """What lies before a document: its row of initial_states, whose single row belongs to the first document."""
+    if initial_states is None or document >= cu_seqlens.shape[0] - 1 or document >= initial_states.shape[0]:
+        return None
+    return initial_states[document : document + 1]
+
+
 def discretize_dt(
     dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float], dtype: torch.dtype
 ) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from oxiscan._arguments import acc_dtype, is_silu, not_yet
 
-from ._common import document_starts
+from ._common import document_starts, documents, initial_row
 
 
 def _activate(out: Tensor, activation: str | None) -> Tensor:
@@ -25,9 +25,26 @@ def causal_conv1d_fn(
     cu_seqlens: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """See `oxiscan.ops.causal_conv1d_fn`."""
-    not_yet(cu_seqlens=cu_seqlens)
-    dtype = acc_dtype(x)
     batch, dim, seqlen = x.shape
+    if cu_seqlens is not None:
+        parts = [
+            causal_conv1d_fn(
+                x[..., begin:end],
+                weight,
+                bias,
+                None if seq_idx is None else seq_idx[:, begin:end],
+                initial_row(initial_states, document, cu_seqlens),
+                True,
+                activation=activation,
+            )
+            for document, (begin, end) in enumerate(documents(cu_seqlens, seqlen))
+        ]
+        out = torch.cat([part[0] for part in parts], dim=-1)
+        states = torch.cat([part[1] for part in parts[:-1]])
+        if return_final_states and final_states_out is not None:
+            states = final_states_out.copy_(states)
+        return (out, states) if return_final_states else out
+    dtype = acc_dtype(x)
     width = weight.shape[1]
     history = x.new_zeros(batch, dim, width - 1) if initial_states is None else initial_states
     padded = torch.cat([history.to(dtype), x.to(dtype)], dim=-1)

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oxiscan._arguments import acc_dtype, check_chunks, not_yet
+from oxiscan._arguments import acc_dtype, check_chunks, varlen_states_dtype
 
-from ._common import discretize_dt, document_starts
+from ._common import discretize_dt, document_starts, documents, initial_row
 from .causal_conv1d import causal_conv1d_fn
 from .rmsnorm_gated import rmsnorm_gated
 
@@ -37,9 +37,27 @@ def mamba_chunk_scan_combined(
     return_varlen_states: bool = False,
     state_dtype: torch.dtype | None = None,
 ) -> Any:
-    """See `oxiscan.ops.mamba_chunk_scan_combined`; chunk_size and state_dtype have nothing to act on here."""
-    not_yet(cu_seqlens=cu_seqlens, return_varlen_states=return_varlen_states)
+    """See `oxiscan.ops.mamba_chunk_scan_combined`; chunk_size has nothing to act on here."""
     check_chunks(chunk_size, state_dtype)
+    if cu_seqlens is not None:
+        return _by_document(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            chunk_size,
+            D,
+            z,
+            dt_bias,
+            initial_states,
+            seq_idx,
+            cu_seqlens,
+            dt_softplus,
+            dt_limit,
+            return_final_states,
+            varlen_states_dtype(return_varlen_states, cu_seqlens, state_dtype, C.dtype),
+        )
     dtype = acc_dtype(x)
     batch, seqlen, nheads, headdim = x.shape
     ngroups, dstate = B.shape[2:]
@@ -69,6 +87,57 @@ def mamba_chunk_scan_combined(
     return (out, state) if return_final_states else out
 
 
+def _by_document(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    return_final_states: bool,
+    varlen_dtype: torch.dtype | None,
+) -> Any:
+    """Each document alone, one after another."""
+
+    def part(document: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        tokens = slice(begin, end)
+        return mamba_chunk_scan_combined(
+            x[:, tokens],
+            dt[:, tokens],
+            A,
+            B[:, tokens],
+            C[:, tokens],
+            chunk_size,
+            D,
+            None if z is None else z[:, tokens],
+            dt_bias,
+            initial_row(initial_states, document, cu_seqlens),
+            None if seq_idx is None else seq_idx[:, tokens],
+            dt_softplus=dt_softplus,
+            dt_limit=dt_limit,
+            return_final_states=True,
+        )
+
+    spans = documents(cu_seqlens, x.shape[1])
+    parts = [part(document, begin, end) for document, (begin, end) in enumerate(spans)]
+    results = [torch.cat([out for out, _ in parts], dim=1)]
+    if return_final_states:
+        # After the last token there is; without any, what lies before the first document.
+        with_tokens = [state for (begin, end), (_, state) in zip(spans, parts, strict=True) if begin < end]
+        results.append(with_tokens[-1] if with_tokens else parts[0][1])
+    if varlen_dtype is not None:
+        results.append(torch.cat([state for _, state in parts[:-1]]).to(varlen_dtype))
+    return results[0] if len(results) == 1 else tuple(results)
+
+
 def mamba_split_conv1d_scan_combined(
     zxbcdt: Tensor,
     conv1d_weight: Tensor,
@@ -93,9 +162,9 @@ def mamba_split_conv1d_scan_combined(
     initial_conv_states: Tensor | None = None,
     return_final_conv_states: bool = False,
     cu_seqlens: Tensor | None = None,
+    return_varlen_states: bool = False,
 ) -> Any:
     """See `oxiscan.ops.mamba_split_conv1d_scan_combined`."""
-    not_yet(cu_seqlens=cu_seqlens)
     nheads = dt_bias.shape[0]
     if headdim is None:
         headdim = D.shape[1]
@@ -110,11 +179,12 @@ def mamba_split_conv1d_scan_combined(
         initial_states=initial_conv_states,
         return_final_states=True,
         activation=activation,
+        cu_seqlens=cu_seqlens,
     )
     xBC = conv[0].transpose(1, 2)
     x, B, C = xBC.split([dim, (conv_dim - dim) // 2, (conv_dim - dim) // 2], dim=-1)
     gate_in_scan = rmsnorm_weight is None
-    y, final_states = mamba_chunk_scan_combined(
+    y, final_states, *varlen_states = mamba_chunk_scan_combined(
         x.unflatten(-1, (nheads, headdim)),
         dt,
         A,
@@ -126,9 +196,11 @@ def mamba_split_conv1d_scan_combined(
         dt_bias=dt_bias,
         initial_states=initial_states,
         seq_idx=seq_idx,
+        cu_seqlens=cu_seqlens,
         dt_softplus=True,
         dt_limit=dt_limit,
         return_final_states=True,
+        return_varlen_states=return_varlen_states,
         state_dtype=state_dtype,
     )
     out = y.flatten(-2)
@@ -142,4 +214,5 @@ def mamba_split_conv1d_scan_combined(
         results.append(final_states)
     if return_final_conv_states:
         results.append(conv[1])
+    results += varlen_states
     return results[0] if len(results) == 1 else tuple(results)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._arguments import acc_dtype
+from oxiscan._arguments import acc_dtype
 
 #: Allowed relative RMS error against the float64 reference, (outputs, gradients), by the dtype of the inputs.
 #: float64: a few hundred roundings of 1e-16, amplified by cancellation. float32: sums of some hundred terms of 6e-8
