@@ -13,6 +13,7 @@ __all__ = [
     "selective_state_update",
     "ssd_backward",
     "ssd_forward",
+    "ssd_varlen_forward",
     "state_passing_backward",
     "state_passing_forward",
     "build_info",
@@ -109,6 +110,16 @@ def ssd_backward(
     dz: Tensor | None,
     ddt_bias: Tensor | None,
     dinitial_states: Tensor | None,
+) -> None: ...
+def ssd_varlen_forward(
+    tensors: _SsdTensors,
+    cu_chunk_seqlens: Tensor,
+    last_chunk_indices: Tensor,
+    seq_idx: Tensor,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    out: Tensor,
+    chunk_states: Tensor,
 ) -> None: ...
 def state_passing_forward(
     states: Tensor,

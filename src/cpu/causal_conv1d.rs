@@ -121,7 +121,7 @@ pub fn forward<T: Real>(
         simd!(forward_tile::<T>(&Filter::new(inputs, channel), tile, out, final_states));
     });
     if let Some(final_states) = final_states {
-        for (document, entry) in documents.empty() {
+        for &(document, entry) in documents.empty() {
             let initial = match entry {
                 Entry::Initial(row) => inputs.initial_states.as_ref().map(|states| (states, row)),
                 _ => None,
@@ -191,7 +191,7 @@ pub fn backward<T: Real>(inputs: &ConvInputs, gradients: &ConvGradients) -> Resu
         }
     }
     if let Some(dinitial) = &gradients.dinitial_states {
-        for (document, entry) in documents.empty() {
+        for &(document, entry) in documents.empty() {
             if let Entry::Initial(row) = entry {
                 let dfinal = gradients.dfinal_states.as_ref().map(|states| (states, document));
                 copy_state::<T>(&inputs.dims, dfinal, dinitial, row);

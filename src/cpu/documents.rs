@@ -4,6 +4,8 @@
 //! before, and at each value of `cu_seqlens`. A *document* is what has a row in the states that go in and out: with
 //! `cu_seqlens` the tokens between two of its values (one run, or several where seq_idx cuts it, or none), without it a
 //! whole sequence. Tokens past the last value of `cu_seqlens` are a run that belongs to no document.
+//!
+//! `of_chunks` is the other way to say it: chunks in order, the document of each, a row of states for every chunk.
 
 use std::ops::Range;
 
@@ -28,9 +30,9 @@ pub struct Tile {
     pub begin: usize,
     pub len: usize,
     pub entry: Entry,
-    /// Whether the next tile belongs to the same run.
+    /// Whether the next tile carries on from this one.
     pub goes_on: bool,
-    /// The document whose last token is this tile's last.
+    /// The row of document (or chunk) states that is the state after this tile.
     pub ends: Option<usize>,
     /// Whether the run's seq_idx is negative.
     pub negative_id: bool,
@@ -72,10 +74,12 @@ impl Tiles {
 
 pub struct Documents {
     batch: usize,
-    /// Each run as a tile of any length.
+    /// Tokens of each sequence that belong to a run: with chunks those up to the last one.
+    pub seqlen: usize,
+    /// Each run (or chunk) as a tile of any length.
     runs: Vec<Tile>,
-    /// Documents without a token.
-    empty: Vec<usize>,
+    /// Documents (or chunks) without a token, and what lies before them.
+    empty: Vec<(usize, Entry)>,
     initial: InitialRows,
 }
 
@@ -97,14 +101,15 @@ impl Documents {
         cu_seqlens: Option<&View<1>>,
         initial_rows: Option<usize>,
     ) -> Result<Self> {
-        let bounds = cu_seqlens.map(|cu_seqlens| bounds(cu_seqlens, seqlen)).transpose()?;
+        let bounds = cu_seqlens.map(|values| bounds("cu_seqlens", values, seqlen)).transpose()?;
         let ndocs = bounds.as_ref().map_or(batch, |bounds| bounds.len() - 1);
         let initial = match initial_rows {
             None => InitialRows::None,
             Some(rows) if rows == ndocs => InitialRows::Each,
             Some(_) => InitialRows::First,
         };
-        let mut documents = Documents { batch, runs: Vec::new(), empty: Vec::new(), initial };
+        let mut documents =
+            Documents { batch, seqlen, runs: Vec::new(), empty: Vec::new(), initial };
         match &bounds {
             Some(bounds) => {
                 for (document, tokens) in bounds.windows(2).enumerate() {
@@ -121,6 +126,46 @@ impl Documents {
         Ok(documents)
     }
 
+    /// One sequence in the caller's chunks: `cu_chunk_seqlens` (nchunks + 1,) bounds them, `seq_idx` (nchunks,) has the
+    /// document of each, which is its row of initial_states. States have a row a chunk.
+    pub fn of_chunks(
+        seqlen: usize,
+        cu_chunk_seqlens: &View<1>,
+        seq_idx: &View<1>,
+        initial_rows: Option<usize>,
+    ) -> Result<Self> {
+        let bounds = bounds("cu_chunk_seqlens", cu_chunk_seqlens, seqlen)?;
+        let initial = initial_rows.map_or(InitialRows::None, |_| InitialRows::Each);
+        let seqlen = bounds.last().copied().unwrap_or(0);
+        let mut documents =
+            Documents { batch: 1, seqlen, runs: Vec::new(), empty: Vec::new(), initial };
+        let mut started = false;
+        for (chunk, tokens) in bounds.windows(2).enumerate() {
+            let id = seq_idx.get_int([chunk]);
+            let document = index("seq_idx", id, initial_rows.unwrap_or(usize::MAX))?;
+            started &= chunk > 0 && id == seq_idx.get_int([chunk - 1]);
+            let entry = if started { Entry::Carried } else { documents.entry(document) };
+            if tokens[0] == tokens[1] {
+                documents.empty.push((chunk, entry));
+                continue;
+            }
+            if let (true, Some(before)) = (started, documents.runs.last_mut()) {
+                before.goes_on = true;
+            }
+            started = true;
+            documents.runs.push(Tile {
+                b: 0,
+                begin: tokens[0],
+                len: tokens[1] - tokens[0],
+                entry,
+                goes_on: false,
+                ends: Some(chunk),
+                negative_id: false,
+            });
+        }
+        Ok(documents)
+    }
+
     /// The runs of one document.
     fn push(
         &mut self,
@@ -130,7 +175,7 @@ impl Documents {
         seq_idx: Option<&View<2>>,
     ) {
         if tokens.is_empty() {
-            self.empty.extend(document);
+            self.empty.extend(document.map(|document| (document, self.entry(document))));
             return;
         }
         let id = |t: usize| seq_idx.map_or(0, |seq_idx| seq_idx.get_int([b, t]));
@@ -161,9 +206,9 @@ impl Documents {
         }
     }
 
-    /// Documents without a token, whose final state is what lies before them.
-    pub fn empty(&self) -> impl Iterator<Item = (usize, Entry)> {
-        self.empty.iter().map(|&document| (document, self.entry(document)))
+    /// Rows of document (or chunk) states that no token writes, and what lies before them: their state.
+    pub fn empty(&self) -> &[(usize, Entry)] {
+        &self.empty
     }
 
     /// The tokens in tiles of `size`, shorter only at the end of a run.
@@ -179,7 +224,7 @@ impl Documents {
                     begin,
                     len,
                     entry: if begin == run.begin { run.entry } else { Entry::Carried },
-                    goes_on: !last,
+                    goes_on: run.goes_on || !last,
                     ends: run.ends.filter(|_| last),
                     ..*run
                 });
@@ -193,19 +238,25 @@ impl Documents {
     }
 }
 
-/// The values of cu_seqlens: 0, then never smaller, at most seqlen.
-fn bounds(cu_seqlens: &View<1>, seqlen: usize) -> Result<Vec<usize>> {
-    let values: Vec<i64> = (0..cu_seqlens.shape[0]).map(|i| cu_seqlens.get_int([i])).collect();
+/// `value` as an index below `size`.
+pub fn index(arg: &'static str, value: i64, size: usize) -> Result<usize> {
+    usize::try_from(value).ok().filter(|&index| index < size).ok_or_else(|| Error::Value {
+        arg,
+        got: value.to_string(),
+        allowed: format!("values from 0 to {}", size as i64 - 1),
+    })
+}
+
+/// The values of cumulative lengths: 0, then none smaller than the one before, at most seqlen.
+fn bounds(arg: &'static str, cumulative: &View<1>, seqlen: usize) -> Result<Vec<usize>> {
+    let values: Vec<i64> = (0..cumulative.shape[0]).map(|i| cumulative.get_int([i])).collect();
     let grows = values.windows(2).all(|pair| pair[0] <= pair[1]);
     let ends = values.last().is_some_and(|&last| last <= seqlen as i64);
     if values.first() != Some(&0) || !grows || !ends {
-        return Err(Error::Value {
-            arg: "cu_seqlens",
-            got: format!("{values:?}"),
-            allowed: format!(
-                "values from 0, none smaller than the one before, to at most seqlen = {seqlen}"
-            ),
-        });
+        let allowed = format!(
+            "values from 0, none smaller than the one before, to at most seqlen = {seqlen}"
+        );
+        return Err(Error::Value { arg, got: format!("{values:?}"), allowed });
     }
     Ok(values.into_iter().map(|value| value as usize).collect())
 }

@@ -33,7 +33,7 @@ use crate::cpu::matmul::{Mat, matmul};
 use crate::cpu::real::{Real, SOFTPLUS_LINEAR, dot};
 use crate::dims::SsdDims;
 use crate::error::Result;
-use crate::ops::ssd::{SsdGradients, SsdInputs, SsdStates};
+use crate::ops::ssd::{Packing, SsdGradients, SsdInputs, SsdStates};
 use crate::tensor::View;
 
 /// Tokens a tile. The caller's chunk_size changes rounding only, so it is not used.
@@ -42,6 +42,7 @@ const TILE: usize = 64;
 /// What heads and tiles share: discretized dt, decay sums, packed B and C, and CB = C B^T of each tile.
 struct Shared<'a, T> {
     inputs: &'a SsdInputs,
+    /// The caller's, but seqlen ends with the last document.
     dims: SsdDims,
     documents: Documents,
     tiles: Tiles,
@@ -72,15 +73,18 @@ fn split_lengths<T>(mut all: &mut [T], lengths: impl Iterator<Item = usize>) -> 
 
 impl<'a, T: Real> Shared<'a, T> {
     fn new(inputs: &'a SsdInputs) -> Result<Self> {
-        let dims = inputs.dims;
+        let initial_rows = inputs.initial_states.map(|states| states.shape[0]);
+        let documents = match &inputs.packing {
+            Packing::Tokens { seq_idx, cu_seqlens } => {
+                let SsdDims { batch, seqlen, .. } = inputs.dims;
+                Documents::new(batch, seqlen, seq_idx.as_ref(), cu_seqlens.as_ref(), initial_rows)?
+            }
+            Packing::Chunks { cu_chunk_seqlens, seq_idx } => {
+                Documents::of_chunks(inputs.dims.seqlen, cu_chunk_seqlens, seq_idx, initial_rows)?
+            }
+        };
+        let dims = SsdDims { seqlen: documents.seqlen, ..inputs.dims };
         let SsdDims { batch, seqlen, nheads, ngroups, dstate, .. } = dims;
-        let documents = Documents::new(
-            batch,
-            seqlen,
-            inputs.seq_idx.as_ref(),
-            inputs.cu_seqlens.as_ref(),
-            inputs.initial_states.map(|states| states.shape[0]),
-        )?;
         let tiles = documents.tiles(TILE);
         let mut dt = vec![T::zero(); batch * nheads * seqlen];
         let mut l = vec![0.0; dt.len()];
@@ -341,18 +345,24 @@ fn forward_head<T: Real>(
         }
     }
     // Without a token the state after the last one is the state before the first.
-    let mut untouched = |states: Option<&View<4>>, row: usize, entry: Entry| {
-        if !shared.load_entry(entry, h, &mut state) {
+    let untouched = |states: Option<&View<4>>, row: usize, entry: Entry, state: &mut [T]| {
+        if !shared.load_entry(entry, h, state) {
             state.fill(T::zero());
         }
-        store(states, row, &state);
+        store(states, row, state);
     };
-    if seqlen == 0 {
-        untouched(states.final_states.as_ref(), b, shared.documents.entry(b));
+    if seqlen == 0 && states.final_states.is_some() {
+        untouched(states.final_states.as_ref(), b, shared.documents.entry(b), &mut state);
     }
-    if states.varlen_states.is_some() {
-        for (document, entry) in shared.documents.empty() {
-            untouched(states.varlen_states.as_ref(), document, entry);
+    if let Some(varlen_states) = &states.varlen_states {
+        for &(row, entry) in shared.documents.empty() {
+            if entry == Entry::Carried {
+                let before = [row - 1, h, 0, 0];
+                varlen_states.load_tile(before, (2, headdim), (3, dstate), &mut state);
+                store(Some(varlen_states), row, &state);
+            } else {
+                untouched(Some(varlen_states), row, entry, &mut state);
+            }
         }
     }
 }
@@ -538,7 +548,7 @@ pub fn backward<T: Real>(inputs: &SsdInputs, gradients: &SsdGradients) -> Result
 fn untouched_states<T: Real>(shared: &Shared<'_, T>, gradients: &SsdGradients, dinitial: &View<4>) {
     let SsdDims { batch, seqlen, nheads, headdim, dstate, .. } = shared.dims;
     let mut state = vec![T::zero(); headdim * dstate];
-    for (document, entry) in shared.documents.empty() {
+    for &(document, entry) in shared.documents.empty() {
         let Entry::Initial(row) = entry else { continue };
         for h in 0..nheads {
             let mut present = false;

@@ -24,6 +24,25 @@ type SsdTensors = (
     Option<TensorArg>,
 );
 
+/// How documents are packed into sequences.
+pub enum Packing {
+    /// By token: seq_idx (batch, seqlen), cu_seqlens (ndocs + 1,).
+    Tokens { seq_idx: Option<View<2>>, cu_seqlens: Option<View<1>> },
+    /// By chunk: cu_chunk_seqlens (nchunks + 1,), seq_idx (nchunks,) with a row of initial_states for each.
+    Chunks { cu_chunk_seqlens: View<1>, seq_idx: View<1> },
+}
+
+impl Packing {
+    fn initial_rows(&self, dims: &SsdDims, states: &TensorArg) -> (&'static str, usize) {
+        match self {
+            Packing::Tokens { cu_seqlens, .. } => {
+                initial_rows(dims.batch, cu_seqlens.as_ref(), states)
+            }
+            Packing::Chunks { .. } => ("ndocs", states.shape().first().copied().unwrap_or(0)),
+        }
+    }
+}
+
 /// What forward and backward both read.
 pub struct SsdInputs {
     pub dims: SsdDims,
@@ -37,8 +56,7 @@ pub struct SsdInputs {
     pub z: Option<View<4>>,
     pub dt_bias: Option<View<1>>,
     pub initial_states: Option<View<4>>,
-    pub seq_idx: Option<View<2>>,
-    pub cu_seqlens: Option<View<1>>,
+    pub packing: Packing,
     pub dt_softplus: bool,
     /// (low, high), low <= high.
     pub dt_limit: (f64, f64),
@@ -48,12 +66,30 @@ impl SsdInputs {
     fn new(
         check: &Checker,
         tensors: &SsdTensors,
+        chunks: Option<(&TensorArg, &TensorArg)>,
         dt_softplus: bool,
         dt_limit: (f64, f64),
     ) -> Result<Self> {
         let (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens) = tensors;
         let dims = SsdDims::new(x, B)?;
-        let cu_seqlens = optional(cu_seqlens, |bounds| check.cu_seqlens(bounds, dims.batch))?;
+        let packing = match chunks {
+            None => Packing::Tokens {
+                seq_idx: optional(seq_idx, |ids| check.int32("seq_idx", ids, dims.seq_idx()))?,
+                cu_seqlens: optional(cu_seqlens, |bounds| check.cu_seqlens(bounds, dims.batch))?,
+            },
+            Some((cu_chunk_seqlens, seq_idx)) => {
+                let nchunks = seq_idx.view("seq_idx", ["nchunks"])?.shape[0];
+                let bounds = [("nchunks + 1", nchunks + 1)];
+                Packing::Chunks {
+                    cu_chunk_seqlens: check.integer(
+                        "cu_chunk_seqlens",
+                        cu_chunk_seqlens,
+                        bounds,
+                    )?,
+                    seq_idx: check.integer("seq_idx", seq_idx, [("nchunks", nchunks)])?,
+                }
+            }
+        };
         Ok(SsdInputs {
             dims,
             x: check.same("x", x, dims.x())?,
@@ -65,11 +101,10 @@ impl SsdInputs {
             z: optional(z, |z| check.same("z", z, dims.x()))?,
             dt_bias: optional(dt_bias, |bias| check.same_or_f32("dt_bias", bias, dims.heads()))?,
             initial_states: optional(initial_states, |states| {
-                let rows = initial_rows(dims.batch, cu_seqlens.as_ref(), states);
+                let rows = packing.initial_rows(&dims, states);
                 check.same_or_f32("initial_states", states, dims.states(rows))
             })?,
-            cu_seqlens,
-            seq_idx: optional(seq_idx, |ids| check.int32("seq_idx", ids, dims.seq_idx()))?,
+            packing,
             dt_softplus,
             dt_limit,
         })
@@ -80,16 +115,22 @@ impl SsdInputs {
         self.dims.states(("batch", self.dims.batch))
     }
 
-    /// The shape of varlen_states.
+    /// The shape of varlen_states: a row a document of cu_seqlens, or a chunk.
     fn varlen_states(&self) -> Result<[(&'static str, usize); 4]> {
-        if self.cu_seqlens.is_none() {
-            return Err(Error::Value {
-                arg: "varlen_states",
-                got: "a tensor without cu_seqlens".into(),
-                allowed: "both, or neither".into(),
-            });
-        }
-        Ok(self.dims.states(document_rows(self.dims.batch, self.cu_seqlens.as_ref())))
+        let rows = match &self.packing {
+            Packing::Tokens { cu_seqlens: Some(cu_seqlens), .. } => {
+                document_rows(self.dims.batch, Some(cu_seqlens))
+            }
+            Packing::Tokens { cu_seqlens: None, .. } => {
+                return Err(Error::Value {
+                    arg: "varlen_states",
+                    got: "a tensor without cu_seqlens".into(),
+                    allowed: "both, or neither".into(),
+                });
+            }
+            Packing::Chunks { seq_idx, .. } => ("nchunks", seq_idx.shape[0]),
+        };
+        Ok(self.dims.states(rows))
     }
 }
 
@@ -144,7 +185,7 @@ pub fn ssd_forward(
 ) -> PyResult<()> {
     run(py, |threads| {
         let check = Checker::new("x", &tensors.0)?;
-        let inputs = SsdInputs::new(&check, &tensors, dt_softplus, dt_limit)?;
+        let inputs = SsdInputs::new(&check, &tensors, None, dt_softplus, dt_limit)?;
         let out = check.same("out", &out, inputs.dims.x())?;
         let states = SsdStates {
             final_states: optional(&final_states, |states| {
@@ -185,7 +226,7 @@ pub fn ssd_backward(
 ) -> PyResult<()> {
     run(py, |threads| {
         let check = Checker::new("x", &tensors.0)?;
-        let inputs = SsdInputs::new(&check, &tensors, dt_softplus, dt_limit)?;
+        let inputs = SsdInputs::new(&check, &tensors, None, dt_softplus, dt_limit)?;
         let dims = inputs.dims;
         let gradients = SsdGradients {
             dout: optional(&dout, |dout| check.same("dout", dout, dims.x()))?,
@@ -206,7 +247,7 @@ pub fn ssd_backward(
                 check.same_or_f32("ddt_bias", bias, dims.heads())
             })?,
             dinitial_states: optional(&dinitial_states, |states| {
-                let rows = initial_rows(dims.batch, inputs.cu_seqlens.as_ref(), states);
+                let rows = inputs.packing.initial_rows(&dims, states);
                 check.same_or_f32("dinitial_states", states, dims.states(rows))
             })?,
         };
@@ -215,6 +256,48 @@ pub fn ssd_backward(
                 threads,
                 || with_accumulator!(check.dtype, T => cpu::ssd::backward::<T>(&inputs, &gradients)),
             )?,
+        }
+    })
+}
+
+/// One sequence (batch 1) in the caller's chunks, for inference: out and chunk_states (nchunks, nheads, headdim, dstate),
+/// the state after each chunk, are written. last_chunk_indices, an index of a chunk for each document, is checked here.
+#[pyfunction]
+pub fn ssd_varlen_forward(
+    py: Python<'_>,
+    tensors: SsdTensors,
+    cu_chunk_seqlens: TensorArg,
+    last_chunk_indices: TensorArg,
+    seq_idx: TensorArg,
+    dt_softplus: bool,
+    dt_limit: (f64, f64),
+    out: TensorArg,
+    chunk_states: TensorArg,
+) -> PyResult<()> {
+    run(py, |threads| {
+        let check = Checker::new("x", &tensors.0)?;
+        let chunks = Some((&cu_chunk_seqlens, &seq_idx));
+        let inputs = SsdInputs::new(&check, &tensors, chunks, dt_softplus, dt_limit)?;
+        let ndocs = last_chunk_indices.view("last_chunk_indices", ["ndocs"])?.shape[0];
+        let last_chunks =
+            check.integer("last_chunk_indices", &last_chunk_indices, [("ndocs", ndocs)])?;
+        out.expect_writable("out")?;
+        let out = check.same("out", &out, inputs.dims.x())?;
+        let chunk_states =
+            check.floating("chunk_states", &chunk_states, inputs.varlen_states()?)?;
+        let nchunks = chunk_states.shape[0];
+        let states = SsdStates { final_states: None, varlen_states: Some(chunk_states) };
+        match check.backend {
+            Backend::Cpu => {
+                for document in 0..ndocs {
+                    let chunk = last_chunks.get_int([document]);
+                    cpu::documents::index("last_chunk_indices", chunk, nchunks)?;
+                }
+                cpu::pool::install(
+                    threads,
+                    || with_accumulator!(check.dtype, T => cpu::ssd::forward::<T>(&inputs, &out, &states)),
+                )?
+            }
         }
     })
 }

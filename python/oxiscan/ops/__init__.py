@@ -5,6 +5,7 @@ from .rmsnorm_gated import RMSNormGated, rmsnorm_gated
 from .selective_state_update import selective_state_update
 from .split_conv1d_scan import mamba_split_conv1d_scan_combined
 from .ssd import mamba_chunk_scan_combined
+from .ssd_varlen import mamba_chunk_scan_combined_varlen
 from .state_passing import state_passing
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "causal_conv1d_fn",
     "causal_conv1d_update",
     "mamba_chunk_scan_combined",
+    "mamba_chunk_scan_combined_varlen",
     "mamba_split_conv1d_scan_combined",
     "rmsnorm_gated",
     "selective_state_update",

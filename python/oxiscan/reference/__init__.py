@@ -7,7 +7,7 @@ Nothing here is fast. It is what the tests compare with, in float64. Functions t
 from .causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from .rmsnorm_gated import RMSNormGated, rmsnorm_gated
 from .selective_state_update import selective_state_update
-from .ssd import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined
+from .ssd import mamba_chunk_scan_combined, mamba_chunk_scan_combined_varlen, mamba_split_conv1d_scan_combined
 from .state_passing import state_passing
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "causal_conv1d_fn",
     "causal_conv1d_update",
     "mamba_chunk_scan_combined",
+    "mamba_chunk_scan_combined_varlen",
     "mamba_split_conv1d_scan_combined",
     "rmsnorm_gated",
     "selective_state_update",

@@ -138,6 +138,58 @@ def _by_document(
     return results[0] if len(results) == 1 else tuple(results)
 
 
+@torch.no_grad()
+def mamba_chunk_scan_combined_varlen(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    cu_chunk_seqlens: Tensor,
+    last_chunk_indices: Tensor,
+    seq_idx: Tensor,
+    out: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    return_raw_states: bool = False,
+    state_dtype: torch.dtype | None = None,
+) -> Any:
+    """See `oxiscan.ops.mamba_chunk_scan_combined_varlen`."""
+    check_chunks(chunk_size, state_dtype)
+    bounds, ids = cu_chunk_seqlens.tolist(), seq_idx.tolist()
+    states: list[Tensor] = []
+    for chunk, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        if chunk > 0 and ids[chunk] == ids[chunk - 1]:
+            entry: Tensor | None = states[-1]
+        else:
+            entry = None if initial_states is None else initial_states[ids[chunk]].unsqueeze(0)
+        part, state = mamba_chunk_scan_combined(
+            x[begin:end].unsqueeze(0),
+            dt[begin:end].unsqueeze(0),
+            A,
+            B[begin:end].unsqueeze(0),
+            C[begin:end].unsqueeze(0),
+            chunk_size,
+            D,
+            None if z is None else z[begin:end].unsqueeze(0),
+            dt_bias,
+            entry,
+            dt_softplus=dt_softplus,
+            dt_limit=dt_limit,
+            return_final_states=True,
+        )
+        out[begin:end] = part.squeeze(0)
+        states.append(state)
+    raw_states = torch.cat(states).to(state_dtype or C.dtype)
+    varlen_states = raw_states[last_chunk_indices.long()]
+    return (varlen_states, raw_states) if return_raw_states else varlen_states
+
+
 def mamba_split_conv1d_scan_combined(
     zxbcdt: Tensor,
     conv1d_weight: Tensor,

@@ -22,7 +22,8 @@ def normal(
 def strided(tensor: Tensor) -> Tensor:
     """The same values with no dimension contiguous and dimensions in reverse order in memory."""
     shape = [2 * size + 3 for size in reversed(tensor.shape)]
-    buffer = torch.full(shape, float("nan"), dtype=tensor.dtype, device=tensor.device)
+    unused = float("nan") if tensor.is_floating_point() else -(2**30)
+    buffer = torch.full(shape, unused, dtype=tensor.dtype, device=tensor.device)
     view = buffer.permute(*reversed(range(tensor.dim())))
     view = view[tuple(slice(1, 2 * size + 1, 2) for size in tensor.shape)]
     return view.copy_(tensor)
