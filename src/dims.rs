@@ -61,12 +61,12 @@ impl<'a> Checker<'a> {
         Ok(())
     }
 
-    /// A tensor that shares the first one's dtype.
+    /// A tensor that shares the first one's dtype. An axis of size `None` is one that it lacks, here and below.
     pub fn same<const N: usize>(
         &self,
         arg: &'static str,
         tensor: &TensorArg,
-        shape: [(&str, usize); N],
+        shape: [(&str, impl Into<Option<usize>>); N],
     ) -> Result<View<N>> {
         self.expect(arg, tensor, &[self.dtype])?;
         tensor.view_of(arg, shape)
@@ -77,7 +77,7 @@ impl<'a> Checker<'a> {
         &self,
         arg: &'static str,
         tensor: &TensorArg,
-        shape: [(&str, usize); N],
+        shape: [(&str, impl Into<Option<usize>>); N],
     ) -> Result<View<N>> {
         self.expect(arg, tensor, &[self.dtype, DType::F32])?;
         tensor.view_of(arg, shape)
@@ -110,7 +110,7 @@ impl<'a> Checker<'a> {
         &self,
         arg: &'static str,
         tensor: &TensorArg,
-        shape: [(&str, usize); N],
+        shape: [(&str, impl Into<Option<usize>>); N],
     ) -> Result<View<N>> {
         self.expect(arg, tensor, &DType::FLOATS)?;
         tensor.view_of(arg, shape)
@@ -304,6 +304,18 @@ impl StatePassingDims {
     }
 }
 
+fn conv_width(weight: &TensorArg) -> Result<usize> {
+    let [_, width] = weight.view("weight", ["dim", "width"])?.shape;
+    if !(2..=8).contains(&width) {
+        return Err(Error::Value {
+            arg: "weight",
+            got: format!("width = {width}"),
+            allowed: "width from 2 to 8".into(),
+        });
+    }
+    Ok(width)
+}
+
 #[derive(Clone, Copy, Debug)]
 pub struct ConvDims {
     pub batch: usize,
@@ -315,14 +327,7 @@ pub struct ConvDims {
 impl ConvDims {
     pub fn new(x: &TensorArg, weight: &TensorArg) -> Result<Self> {
         let [batch, dim, seqlen] = x.view("x", ["batch", "dim", "seqlen"])?.shape;
-        let [_, width] = weight.view("weight", ["dim", "width"])?.shape;
-        if !(2..=8).contains(&width) {
-            return Err(Error::Value {
-                arg: "weight",
-                got: format!("width = {width}"),
-                allowed: "width from 2 to 8".into(),
-            });
-        }
+        let width = conv_width(weight)?;
         Ok(ConvDims { batch, dim, seqlen, width })
     }
 
@@ -383,48 +388,195 @@ impl NormDims {
     }
 }
 
+/// The size of a named axis; `None` where the caller's tensors lack it.
+type Axis = (&'static str, Option<usize>);
+
+/// The first axis of a state: its slots where indices pick them, otherwise one row a sequence.
+fn slots(state: &TensorArg, batch: usize, indexed: bool) -> (&'static str, usize) {
+    match state.shape().first() {
+        Some(&slots) if indexed => ("slots", slots),
+        _ => ("batch", batch),
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct ConvUpdateDims {
+    pub batch: usize,
+    pub dim: usize,
+    pub width: usize,
+    pub state_len: usize,
+    /// None: x is one token without an axis for it.
+    seqlen: Option<usize>,
+    slots: (&'static str, usize),
+}
+
+impl ConvUpdateDims {
+    pub fn new(
+        x: &TensorArg,
+        conv_state: &TensorArg,
+        weight: &TensorArg,
+        indexed: bool,
+    ) -> Result<Self> {
+        let (batch, dim, seqlen) = match *x.shape() {
+            [batch, dim] => (batch, dim, None),
+            [batch, dim, seqlen] => (batch, dim, Some(seqlen)),
+            _ => return Err(x.wrong_shape("x", "(batch, dim) or (batch, dim, seqlen)")),
+        };
+        let width = conv_width(weight)?;
+        let state_len = conv_state.view("conv_state", ["slots", "dim", "state_len"])?.shape[2];
+        if state_len < width - 1 {
+            return Err(Error::Value {
+                arg: "conv_state",
+                got: format!("state_len = {state_len}"),
+                allowed: format!("state_len >= width - 1 = {}", width - 1),
+            });
+        }
+        let slots = slots(conv_state, batch, indexed);
+        Ok(ConvUpdateDims { batch, dim, width, state_len, seqlen, slots })
+    }
+
+    pub fn seqlen(&self) -> usize {
+        self.seqlen.unwrap_or(1)
+    }
+
+    pub fn slots(&self) -> usize {
+        self.slots.1
+    }
+
+    pub fn x(&self) -> [Axis; 3] {
+        [("batch", Some(self.batch)), ("dim", Some(self.dim)), ("seqlen", self.seqlen)]
+    }
+
+    pub fn rows(&self) -> [(&'static str, usize); 1] {
+        [("batch", self.batch)]
+    }
+
+    pub fn weight(&self) -> [(&'static str, usize); 2] {
+        [("dim", self.dim), ("width", self.width)]
+    }
+
+    pub fn bias(&self) -> [(&'static str, usize); 1] {
+        [("dim", self.dim)]
+    }
+
+    pub fn conv_state(&self) -> [(&'static str, usize); 3] {
+        [self.slots, ("dim", self.dim), ("state_len", self.state_len)]
+    }
+
+    pub fn intermediate(&self) -> [(&'static str, usize); 4] {
+        let seqlen = ("seqlen", self.seqlen());
+        [self.slots, seqlen, ("dim", self.dim), ("state_len", self.state_len)]
+    }
+}
+
 #[derive(Clone, Copy, Debug)]
 pub struct StateUpdateDims {
     pub batch: usize,
-    pub nheads: usize,
     pub dim: usize,
-    pub ngroups: usize,
     pub dstate: usize,
+    /// None: x is one token without an axis for it.
+    seqlen: Option<usize>,
+    /// None: no argument has heads.
+    nheads: Option<usize>,
+    /// None: B and C have no groups.
+    ngroups: Option<usize>,
+    slots: (&'static str, usize),
 }
 
 impl StateUpdateDims {
-    pub fn new(x: &TensorArg, state: &TensorArg, B: &TensorArg) -> Result<Self> {
-        let [batch, nheads, dim] = x.view("x", ["batch", "nheads", "dim"])?.shape;
-        let [_, _, _, dstate] = state.view("state", ["batch", "nheads", "dim", "dstate"])?.shape;
-        let [_, ngroups, _] = B.view("B", ["batch", "ngroups", "dstate"])?.shape;
-        positive("B", "ngroups", ngroups)?;
-        if nheads % ngroups != 0 {
+    pub fn new(x: &TensorArg, state: &TensorArg, B: &TensorArg, indexed: bool) -> Result<Self> {
+        let (batch, seqlen, nheads, dim) = match *x.shape() {
+            [batch, dim] => (batch, None, None, dim),
+            [batch, nheads, dim] => (batch, None, Some(nheads), dim),
+            [batch, seqlen, nheads, dim] => (batch, Some(seqlen), Some(nheads), dim),
+            _ => {
+                let allowed = "(batch, dim), (batch, nheads, dim) or (batch, seqlen, nheads, dim)";
+                return Err(x.wrong_shape("x", allowed));
+            }
+        };
+        let dstate = match nheads {
+            Some(_) => state.view("state", ["slots", "nheads", "dim", "dstate"])?.shape[3],
+            None => state.view("state", ["slots", "dim", "dstate"])?.shape[2],
+        };
+        positive("state", "dstate", dstate)?;
+        let ngroups = match (seqlen, B.shape()) {
+            (None, [_, _]) | (Some(_), [_, _, _]) => None,
+            (None, [_, ngroups, _]) | (Some(_), [_, _, ngroups, _]) => Some(*ngroups),
+            (None, _) => {
+                return Err(B.wrong_shape("B", "(batch, dstate) or (batch, ngroups, dstate)"));
+            }
+            (Some(_), _) => {
+                let allowed = "(batch, seqlen, dstate) or (batch, seqlen, ngroups, dstate)";
+                return Err(B.wrong_shape("B", allowed));
+            }
+        };
+        let slots = slots(state, batch, indexed);
+        let dims = StateUpdateDims { batch, dim, dstate, seqlen, nheads, ngroups, slots };
+        positive("B", "ngroups", dims.ngroups())?;
+        if !dims.nheads().is_multiple_of(dims.ngroups()) {
             return Err(Error::Value {
                 arg: "B",
-                got: format!("ngroups = {ngroups}"),
-                allowed: format!("a divisor of nheads = {nheads}"),
+                got: format!("ngroups = {}", dims.ngroups()),
+                allowed: format!("a divisor of nheads = {}", dims.nheads()),
             });
         }
-        Ok(StateUpdateDims { batch, nheads, dim, ngroups, dstate })
+        Ok(dims)
     }
 
-    pub fn state(&self) -> [(&'static str, usize); 4] {
-        [("batch", self.batch), ("nheads", self.nheads), ("dim", self.dim), ("dstate", self.dstate)]
+    pub fn seqlen(&self) -> usize {
+        self.seqlen.unwrap_or(1)
     }
 
-    pub fn x(&self) -> [(&'static str, usize); 3] {
-        [("batch", self.batch), ("nheads", self.nheads), ("dim", self.dim)]
+    pub fn nheads(&self) -> usize {
+        self.nheads.unwrap_or(1)
     }
 
-    pub fn A(&self) -> [(&'static str, usize); 3] {
-        [("nheads", self.nheads), ("dim", self.dim), ("dstate", self.dstate)]
+    pub fn ngroups(&self) -> usize {
+        self.ngroups.unwrap_or(1)
     }
 
-    pub fn B(&self) -> [(&'static str, usize); 3] {
-        [("batch", self.batch), ("ngroups", self.ngroups), ("dstate", self.dstate)]
+    pub fn slots(&self) -> usize {
+        self.slots.1
     }
 
-    pub fn D(&self) -> [(&'static str, usize); 2] {
-        [("nheads", self.nheads), ("dim", self.dim)]
+    pub fn rows(&self) -> [(&'static str, usize); 1] {
+        [("batch", self.batch)]
+    }
+
+    pub fn x(&self) -> [Axis; 4] {
+        [
+            ("batch", Some(self.batch)),
+            ("seqlen", self.seqlen),
+            ("nheads", self.nheads),
+            ("dim", Some(self.dim)),
+        ]
+    }
+
+    pub fn A(&self) -> [Axis; 3] {
+        [("nheads", self.nheads), ("dim", Some(self.dim)), ("dstate", Some(self.dstate))]
+    }
+
+    pub fn B(&self) -> [Axis; 4] {
+        [
+            ("batch", Some(self.batch)),
+            ("seqlen", self.seqlen),
+            ("ngroups", self.ngroups),
+            ("dstate", Some(self.dstate)),
+        ]
+    }
+
+    pub fn D(&self) -> [Axis; 2] {
+        [("nheads", self.nheads), ("dim", Some(self.dim))]
+    }
+
+    pub fn state(&self) -> [Axis; 4] {
+        let (name, slots) = self.slots;
+        let [nheads, dim, dstate] = self.A();
+        [(name, Some(slots)), nheads, dim, dstate]
+    }
+
+    pub fn intermediate(&self) -> [Axis; 5] {
+        let [slots, nheads, dim, dstate] = self.state();
+        [slots, ("seqlen", Some(self.seqlen())), nheads, dim, dstate]
     }
 }

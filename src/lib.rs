@@ -12,9 +12,9 @@ use pyo3::prelude::*;
 #[pymodule(gil_used = true)]
 mod _C {
     #[pymodule_export]
-    use crate::ops::causal_conv1d::{
-        causal_conv1d_backward, causal_conv1d_forward, causal_conv1d_update,
-    };
+    use crate::ops::causal_conv1d::{causal_conv1d_backward, causal_conv1d_forward};
+    #[pymodule_export]
+    use crate::ops::causal_conv1d_update::{causal_conv1d_update, causal_conv1d_varlen_states};
     #[pymodule_export]
     use crate::ops::rmsnorm_gated::{rmsnorm_gated_backward, rmsnorm_gated_forward};
     #[pymodule_export]

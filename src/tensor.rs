@@ -150,6 +150,12 @@ impl TensorArg {
         &self.shape[..self.ndim]
     }
 
+    /// The error of an argument, if it is a tensor at all, whose shape is none of those that `allowed` lists.
+    pub fn wrong_shape(&self, arg: &'static str, allowed: &str) -> Error {
+        let got = format!("shape {}", tuple(self.shape()));
+        self.check(arg).err().unwrap_or(Error::Value { arg, got, allowed: allowed.into() })
+    }
+
     /// The tensor with exactly `N` dimensions, which `names` names.
     pub fn view<const N: usize>(&self, arg: &'static str, names: [&str; N]) -> Result<View<N>> {
         self.check(arg)?;
@@ -168,22 +174,36 @@ impl TensorArg {
         })
     }
 
-    /// The tensor with exactly this shape.
+    /// The tensor with exactly this shape. An axis of size `None` is one that it lacks and that the view has with a
+    /// single element.
     pub fn view_of<const N: usize>(
         &self,
         arg: &'static str,
-        shape: [(&str, usize); N],
+        shape: [(&str, impl Into<Option<usize>>); N],
     ) -> Result<View<N>> {
-        let sizes = shape.map(|(_, size)| size);
-        if self.shape() != sizes {
-            let names = shape.map(|(name, _)| name);
+        self.check(arg)?;
+        let axes = shape.map(|(name, size)| (name, size.into()));
+        let sizes = || axes.iter().filter_map(|(_, size)| *size);
+        if !sizes().eq(self.shape().iter().copied()) {
+            let names: Vec<_> =
+                axes.iter().filter(|(_, size)| size.is_some()).map(|(name, _)| *name).collect();
             return Err(Error::Value {
                 arg,
                 got: format!("shape {}", tuple(self.shape())),
-                allowed: format!("({}) = {}", names.join(", "), tuple(&sizes)),
+                allowed: format!(
+                    "({}) = {}",
+                    names.join(", "),
+                    tuple(&sizes().collect::<Vec<_>>())
+                ),
             });
         }
-        self.view(arg, shape.map(|(name, _)| name))
+        let mut own = self.strides.iter();
+        Ok(View {
+            ptr: self.ptr,
+            dtype: self.dtype,
+            shape: axes.map(|(_, size)| size.unwrap_or(1)),
+            strides: axes.map(|(_, size)| size.map_or(0, |_| *own.next().unwrap())),
+        })
     }
 
     /// The tensor as rows along its last dimension, in the order of its leading dimensions.

@@ -68,6 +68,20 @@ def state_update(**changes):
     return lambda: oxiscan.selective_state_update(**tensors | changes)
 
 
+def headless_update(**changes):
+    tensors = {"state": torch.ones(2, 3, 6), "x": torch.ones(2, 3), "dt": torch.ones(2, 3), "A": torch.ones(3, 6)}
+    return state_update(**tensors | {"B": torch.ones(2, 6), "C": torch.ones(2, 6)} | changes)
+
+
+def varlen_states(**changes):
+    tensors = {"x": torch.ones(9, 5), "cu_seqlens": indices(0, 4, 9)}
+    return lambda: oxiscan.causal_conv1d_varlen_states(**tensors | {"state_len": 3} | changes)
+
+
+def indices(*values):
+    return torch.tensor(values, dtype=torch.int64)
+
+
 def passing(**changes):
     tensors = {"states": torch.ones(2, 3, 4, 5, 6), "decay": torch.ones(2, 3, 4)}
     return lambda: oxiscan.state_passing(**tensors | changes)
@@ -154,21 +168,58 @@ ERRORS = [
     (split(cu_seqlens=CU), ValueError, r"cu_seqlens: got cu_seqlens with a batch of 2"),
     (split(return_varlen_states=True), ValueError, "return_varlen_states: got True without cu_seqlens"),
     (packed_split(initial_conv_states=torch.ones(3, 72, 3)), ValueError, r"initial_conv_states: got .* \(ndocs, dim"),
-    (conv_update(x=torch.ones(2, 5, 2)), NotImplementedError, "x: got 2 tokens; allowed: one token"),
+    (conv_update(x=[1.0]), TypeError, "x: got list; allowed: torch.Tensor"),
+    (conv_update(x=torch.ones(5)), ValueError, r"x: got shape \(5,\); allowed: \(batch, dim\) or"),
+    (conv_update(weight=torch.ones(5, 9)), ValueError, "weight: got width = 9; allowed: width from 2 to 8"),
+    (conv_update(weight=torch.ones(4, 4)), ValueError, r"weight: got shape \(4, 4\); allowed: \(dim, width\)"),
+    (conv_update(activation="gelu"), ValueError, "activation: got 'gelu'; allowed: None"),
     (conv_update(conv_state=torch.ones(2, 5, 2)), ValueError, "conv_state: got state_len = 2; allowed: state_len >="),
+    (conv_update(conv_state=torch.ones(3, 5, 3)), ValueError, r"conv_state: got shape \(3, 5, 3\); allowed: \(batch,"),
     (conv_update(conv_state=torch.ones(1, 5, 3).expand(2, 5, 3)), ValueError, "conv_state: got strides"),
     (conv_update(conv_state=torch.ones(2, 5, 3).half()), TypeError, "conv_state: got float16; allowed: float32"),
-    (conv_update(conv_state_indices=torch.zeros(2)), NotImplementedError, "conv_state_indices: not supported yet"),
-    (conv_update(cache_seqlens=torch.zeros(2)), NotImplementedError, "cache_seqlens: not supported yet"),
-    (state_update(x=torch.ones(2, 1, 4, 3)), NotImplementedError, "x: got 4 dimensions"),
+    (conv_update(cache_seqlens=indices(0, -3)), ValueError, "cache_seqlens: got -3 at row 1; allowed: .* >= 0"),
+    (conv_update(cache_seqlens=indices(0)), ValueError, r"cache_seqlens: got shape \(1,\); allowed: \(batch\) ="),
+    (conv_update(cache_seqlens=torch.zeros(2)), TypeError, "cache_seqlens: got float32; allowed: int32 or int64"),
+    (conv_update(intermediate_conv_states=torch.ones(2, 5, 3)), ValueError, r"_states: got .* = \(2, 1, 5, 3\)"),
+    (conv_update(intermediate_conv_states=torch.ones(2, 1, 5, 3).half()), TypeError, "intermediate_conv_states: got"),
+    (conv_update(intermediate_conv_states=torch.ones(5, 3).expand(2, 1, 5, 3)), ValueError, "_states: got strides"),
+    (varlen_states(x=[1.0]), TypeError, "x: got list; allowed: torch.Tensor"),
+    (varlen_states(x=torch.ones(9)), ValueError, r"x: got shape \(9,\); allowed: 2 dimensions \(total_tokens, dim\)"),
+    (varlen_states(x=torch.ones(9, 5, dtype=torch.int32)), TypeError, "x: got int32; allowed: float32"),
+    (varlen_states(cu_seqlens=None), TypeError, "cu_seqlens: got NoneType; allowed: torch.Tensor"),
+    (varlen_states(cu_seqlens=torch.zeros(3)), TypeError, "cu_seqlens: got float32; allowed: int32 or int64"),
+    (varlen_states(cu_seqlens=indices()), ValueError, r"cu_seqlens: got shape \(0,\); allowed: \(ndocs \+ 1,\)"),
+    (varlen_states(cu_seqlens=indices(0)), ValueError, r"cu_seqlens: got shape \(1,\); allowed: \(ndocs \+ 1,\)"),
+    (varlen_states(cu_seqlens=indices(1, 4)), ValueError, r"cu_seqlens: got \[1, 4\]; allowed: values from 0"),
+    (varlen_states(cu_seqlens=indices(0, 4, 3)), ValueError, r"cu_seqlens: got \[0, 4, 3\]; allowed: values from 0"),
+    (varlen_states(cu_seqlens=indices(0, 10)), ValueError, r"cu_seqlens: got \[0, 10\]; allowed: .* seqlen = 9"),
+    (varlen_states(state_len=-1), ValueError, "state_len: got -1; allowed: >= 0"),
+    (varlen_states(state_len=2.0), TypeError, "state_len: got 2.0; allowed: a whole number"),
+    (state_update(x=[1.0]), TypeError, "x: got list; allowed: torch.Tensor"),
+    (state_update(x=torch.ones(3)), ValueError, r"x: got shape \(3,\); allowed: \(batch, dim\), \(batch,"),
+    (state_update(x=torch.ones(2, 4, 2)), ValueError, r"state: got shape \(2, 4, 3, 6\); allowed: .* = \(2, 4, 2, 6\)"),
+    (state_update(dt=torch.ones(2, 4)), ValueError, r"dt: got shape \(2, 4\); allowed: \(batch, nheads, dim\) ="),
     (state_update(A=torch.ones(4, 3, 5)), ValueError, "A: got shape"),
+    (state_update(B=[1.0]), TypeError, "B: got list; allowed: torch.Tensor"),
+    (state_update(B=torch.ones(6)), ValueError, r"B: got shape \(6,\); allowed: \(batch, dstate\) or \(batch,"),
     (state_update(B=torch.ones(2, 3, 6)), ValueError, "B: got ngroups = 3; allowed: a divisor of nheads = 4"),
+    (state_update(B=torch.ones(2, 0, 6)), ValueError, "B: got ngroups = 0; allowed: ngroups >= 1"),
+    (state_update(C=torch.ones(2, 6)), ValueError, r"C: got shape \(2, 6\); allowed: \(batch, ngroups, dstate\) ="),
+    (state_update(x=torch.ones(2, 1, 4, 3)), ValueError, r"dt: got shape \(2, 4, 3\); allowed: \(batch, seqlen,"),
+    (state_update(x=torch.ones(2, 1, 4, 3), B=torch.ones(2, 6)), ValueError, r"B: got .*; allowed: \(batch, seqlen,"),
     (state_update(state=torch.ones(2, 4, 3)), ValueError, "state: got shape"),
+    (state_update(state=torch.ones(2, 4, 3, 0)), ValueError, "state: got dstate = 0; allowed: dstate >= 1"),
+    (state_update(state=torch.ones(3, 4, 3, 6)), ValueError, r"state: got shape \(3, 4, 3, 6\); allowed: \(batch,"),
     (state_update(state=torch.ones(1, 4, 3, 6).expand(2, 4, 3, 6)), ValueError, "state: got strides"),
     (state_update(state=torch.ones(4096).as_strided((2, 4, 3, 6), (8, 1, 2, 3))), ValueError, "state: got strides"),
     (state_update(x=torch.ones(2, 3)), ValueError, r"state: got shape \(2, 4, 3, 6\); allowed: 3 dimensions"),
-    (state_update(x=torch.ones(2, 3), state=torch.ones(2, 3, 6), dt=torch.ones(2, 3), A=None), TypeError, "A: got"),
-    (state_update(state_batch_indices=torch.zeros(2)), NotImplementedError, "state_batch_indices: not supported yet"),
+    (headless_update(A=None), TypeError, "A: got NoneType; allowed: torch.Tensor"),
+    (headless_update(A=torch.ones(1, 3, 6)), ValueError, r"A: got shape \(1, 3, 6\); allowed: \(dim, dstate\) ="),
+    (headless_update(B=torch.ones(2, 3, 6)), ValueError, "B: got ngroups = 3; allowed: a divisor of nheads = 1"),
+    (headless_update(D=torch.ones(1, 3)), ValueError, r"D: got shape \(1, 3\); allowed: \(dim\) = \(3,\)"),
+    (state_update(intermediate_ssm_states=torch.ones(2, 2, 4, 3, 6)), ValueError, r"_states: got .* \(2, 1, 4, 3, 6\)"),
+    (state_update(intermediate_ssm_states=torch.ones(2, 1, 4, 3, 6).int()), TypeError, "intermediate_ssm_states: got"),
+    (state_update(intermediate_ssm_states=torch.ones(3, 6).expand(2, 1, 4, 3, 6)), ValueError, "_states: got strides"),
     (passing(states=torch.ones(2, 3, 4, 5)), ValueError, "states: got shape"),
     (passing(decay=torch.ones(2, 3, 5)), ValueError, "decay: got shape"),
     (passing(decay=torch.ones(2, 3, 4).half()), TypeError, "decay: got float16; allowed: float32"),
@@ -186,15 +237,43 @@ def test_a_device_without_a_backend_is_named():
         oxiscan.rmsnorm_gated(torch.ones(3, 8, device="meta"), torch.ones(8, device="meta"))
 
 
-def test_a_refused_step_leaves_its_state_alone():
-    state = torch.ones(2, 4, 3, 6)
-    with pytest.raises(ValueError, match="C: got shape"):
-        state_update(state=state, C=torch.ones(2, 2, 5))()
-    assert (state == 1).all()
-    conv_state = torch.ones(2, 5, 3)
-    with pytest.raises(ValueError, match="bias: got shape"):
-        conv_update(conv_state=conv_state, bias=torch.ones(6))()
-    assert (conv_state == 1).all()
+@pytest.mark.parametrize(("step", "name"), [(conv_update, "conv_state_indices"), (state_update, "state_batch_indices")])
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        ([0, 1], TypeError, "got list; allowed: torch.Tensor"),
+        (torch.zeros(2), TypeError, "got float32; allowed: int32 or int64"),
+        (indices(0), ValueError, r"got shape \(1,\); allowed: \(batch\) = \(2,\)"),
+        (indices(0, 2), ValueError, "got 2 at row 1; allowed: 0 to slots - 1 = 1, or -1 for a padding row"),
+        (indices(-2, 0), ValueError, "got -2 at row 0; allowed: 0 to slots - 1"),
+        (indices(1, 1), ValueError, "got slot 1 a second time at row 1; allowed: each slot at most once"),
+    ],
+)
+def test_indices_are_checked(step, name, value, error, message):
+    with pytest.raises(error, match=f"{name}: {message}"):
+        step(**{name: value})()
+
+
+REFUSED_STEPS = [
+    (state_update, {"C": torch.ones(2, 2, 5)}, "C: got shape"),
+    (state_update, {"state_batch_indices": indices(0, 2)}, "state_batch_indices: got 2"),
+    (state_update, {"state_batch_indices": indices(0, 0)}, "state_batch_indices: got slot 0 a second time"),
+    (conv_update, {"bias": torch.ones(6)}, "bias: got shape"),
+    (conv_update, {"conv_state_indices": indices(0, 2)}, "conv_state_indices: got 2"),
+    (conv_update, {"conv_state_indices": indices(0, 0)}, "conv_state_indices: got slot 0 a second time"),
+    (conv_update, {"cache_seqlens": indices(0, -1)}, "cache_seqlens: got -1"),
+]
+
+
+@pytest.mark.parametrize(("step", "changes", "message"), REFUSED_STEPS, ids=[row[2] for row in REFUSED_STEPS])
+def test_a_refused_step_leaves_its_states_alone(step, changes, message):
+    if step is state_update:
+        states = {"state": torch.ones(2, 4, 3, 6), "intermediate_ssm_states": torch.ones(2, 1, 4, 3, 6)}
+    else:
+        states = {"conv_state": torch.ones(2, 5, 3), "intermediate_conv_states": torch.ones(2, 1, 5, 3)}
+    with pytest.raises(ValueError, match=message):
+        step(**states, **changes)()
+    assert all((state == 1).all() for state in states.values())
 
 
 def test_a_lazily_negated_view_is_refused():

@@ -1,11 +1,11 @@
-"""causal_conv1d_fn and causal_conv1d_update."""
+"""causal_conv1d_fn."""
 
 import pytest
 import torch
 
 import oxiscan
 from oxiscan import reference
-from oxiscan.testing import TOLERANCES, assert_close, compare, inputs, run
+from oxiscan.testing import assert_close, compare, inputs, run
 
 OPTIONS = {"activation": "silu", "return_final_states": True}
 
@@ -184,53 +184,3 @@ def test_gradcheck(op, seqlen, device):
     torch.autograd.gradcheck(
         lambda *values: op(**dict(zip(leaves, values, strict=True)), **OPTIONS), tuple(leaves.values())
     )
-
-
-@pytest.mark.parametrize("dtype", inputs.FLOATS)
-@pytest.mark.parametrize("state_len", [3, 4, 7])
-@pytest.mark.parametrize("dims", [2, 3])
-def test_update(dtype, state_len, dims, device):
-    tensors = inputs.conv(dtype=dtype, device=device)
-    x = inputs.normal(2, 70, *[1] * (dims - 2), dtype=dtype, device=device)
-    state = inputs.normal(2, 70, state_len, dtype=dtype, device=device)
-    expected_state = state.clone().double()
-    args = tensors["weight"], tensors["bias"], "silu"
-    expected = reference.causal_conv1d_update(
-        x.double(), expected_state, tensors["weight"].double(), tensors["bias"].double(), "silu"
-    )
-    out = oxiscan.causal_conv1d_update(x, state, *args)
-    assert out.shape == x.shape and out.dtype == dtype
-    assert_close("out", out, expected, TOLERANCES[dtype][0])
-    assert torch.equal(state.double(), expected_state)
-
-
-def test_update_is_noticed_by_autograd(device):
-    weight = torch.ones(5, 4, device=device, requires_grad=True)
-    state = torch.ones(2, 5, 4, device=device)
-    loss = (weight * state).sum()
-    oxiscan.causal_conv1d_update(torch.ones(2, 5, device=device), state, weight)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-    with torch.inference_mode():
-        oxiscan.causal_conv1d_update(torch.ones(2, 5, device=device), state.clone(), weight)
-
-
-def test_update_of_a_strided_state(device):
-    tensors = inputs.conv(dtype=torch.float64, device=device)
-    x = inputs.normal(2, 70, dtype=torch.float64, device=device)
-    state = inputs.normal(2, 70, 4, dtype=torch.float64, device=device)
-    view = inputs.strided(state)
-    out = oxiscan.causal_conv1d_update(inputs.strided(x), view, tensors["weight"])
-    assert torch.equal(out, oxiscan.causal_conv1d_update(x, state, tensors["weight"]))
-    assert torch.equal(view, state)
-
-
-@pytest.mark.parametrize("dtype", inputs.FLOATS)
-def test_steps_equal_the_convolution(dtype, device):
-    tensors = inputs.conv(seqlen=9, dtype=dtype, device=device)
-    out, final_states = oxiscan.causal_conv1d_fn(**tensors, **OPTIONS)
-    state = tensors["initial_states"].clone()
-    for t in range(9):
-        step = oxiscan.causal_conv1d_update(tensors["x"][..., t], state, tensors["weight"], tensors["bias"], "silu")
-        assert torch.equal(step, out[..., t])
-    assert torch.equal(state, final_states)

@@ -8,6 +8,7 @@ __all__ = [
     "causal_conv1d_backward",
     "causal_conv1d_forward",
     "causal_conv1d_update",
+    "causal_conv1d_varlen_states",
     "rmsnorm_gated_backward",
     "rmsnorm_gated_forward",
     "selective_state_update",
@@ -61,8 +62,17 @@ def causal_conv1d_backward(
     dinitial_states: Tensor | None,
 ) -> None: ...
 def causal_conv1d_update(
-    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, out: Tensor
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu: bool,
+    cache_seqlens: Tensor | None,
+    conv_state_indices: Tensor | None,
+    intermediate_conv_states: Tensor | None,
+    out: Tensor,
 ) -> None: ...
+def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, states: Tensor) -> None: ...
 def rmsnorm_gated_forward(tensors: _NormTensors, options: _NormOptions, out: Tensor) -> None: ...
 def rmsnorm_gated_backward(
     tensors: _NormTensors,
@@ -84,6 +94,8 @@ def selective_state_update(
     z: Tensor | None,
     dt_bias: Tensor | None,
     dt_softplus: bool,
+    state_batch_indices: Tensor | None,
+    intermediate_ssm_states: Tensor | None,
     out: Tensor,
 ) -> None: ...
 def ssd_forward(

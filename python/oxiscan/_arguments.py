@@ -7,10 +7,15 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def sizes(name: str, tensor: Tensor, *dims: str) -> torch.Size:
-    """The shape of `tensor`, which must have the dimensions `dims`."""
+def check_tensor(name: str, tensor: Tensor) -> None:
+    """Refuse what is not a tensor."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: got {type(tensor).__name__}; allowed: torch.Tensor")
+
+
+def sizes(name: str, tensor: Tensor, *dims: str) -> torch.Size:
+    """The shape of `tensor`, which must have the dimensions `dims`."""
+    check_tensor(name, tensor)
     if tensor.dim() != len(dims):
         allowed = f"{len(dims)} dimensions ({', '.join(dims)})"
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}; allowed: {allowed}")
@@ -70,12 +75,17 @@ def limits(name: str, value: tuple[float, float]) -> tuple[float, float]:
     return low, high
 
 
+def check_whole(name: str, value: int, lowest: int) -> None:
+    """Refuse what is not a whole number from `lowest` on."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {value!r}; allowed: a whole number")
+    if value < lowest:
+        raise ValueError(f"{name}: got {value}; allowed: >= {lowest}")
+
+
 def check_chunks(chunk_size: int, state_dtype: torch.dtype | None) -> None:
     """Refuse a chunk_size that is not a whole number from 1 on, a state_dtype that ops do not compute on."""
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
-        raise TypeError(f"chunk_size: got {chunk_size!r}; allowed: a whole number")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size: got {chunk_size}; allowed: >= 1")
+    check_whole("chunk_size", chunk_size, lowest=1)
     if state_dtype is not None and state_dtype not in FLOATS:
         raise TypeError(f"state_dtype: got {state_dtype!r}; allowed: None, {', '.join(map(str, FLOATS))}")
 
@@ -89,10 +99,3 @@ def varlen_states_dtype(
     if cu_seqlens is None:
         raise ValueError("return_varlen_states: got True without cu_seqlens; allowed: both, or neither")
     return state_dtype or default
-
-
-def not_yet(**arguments: object) -> None:
-    """Raise NotImplementedError for each argument that was given and has no implementation yet."""
-    for name, value in arguments.items():
-        if value is not None and value is not False:
-            raise NotImplementedError(f"{name}: not supported yet; allowed: leave it out")

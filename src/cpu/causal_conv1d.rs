@@ -278,34 +278,3 @@ fn backward_tile<T: Real>(
     let at = [tile.b, channel, tile.begin];
     gradients.dx.store_tile(at, (2, tile.len), (1, nchannels), present);
 }
-
-/// Convolve what conv_state (batch, dim, state_len) and x hold, and leave the last state_len inputs in conv_state.
-pub fn update<T: Real>(inputs: &ConvInputs, conv_state: &View<3>, out: &View<3>) {
-    let ConvDims { batch, seqlen, width, .. } = inputs.dims;
-    let state_len = conv_state.shape[2];
-    let channel_blocks = inputs.dims.dim.div_ceil(CHANNELS);
-    (0..batch * channel_blocks).into_par_iter().for_each(|index| {
-        let channel = index % channel_blocks * CHANNELS;
-        let at = [index / channel_blocks, channel, 0];
-        simd!({
-            let filter = Filter::<T>::new(inputs, channel);
-            let nchannels = filter.nchannels;
-            let mut window = vec![T::zero(); (state_len + seqlen) * nchannels];
-            let (state, x) = window.split_at_mut(state_len * nchannels);
-            conv_state.load_tile(at, (2, state_len), (1, nchannels), state);
-            inputs.x.load_tile(at, (2, seqlen), (1, nchannels), x);
-            let mut result = vec![T::zero(); seqlen * nchannels];
-            for (t, pre) in result.chunks_exact_mut(nchannels).enumerate() {
-                filter.convolve(&window, state_len + t - (width - 1), pre);
-                filter.activate(pre);
-            }
-            out.store_tile(at, (2, seqlen), (1, nchannels), &result);
-            conv_state.store_tile(
-                at,
-                (2, state_len),
-                (1, nchannels),
-                &window[seqlen * nchannels..],
-            );
-        });
-    });
-}

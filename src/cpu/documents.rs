@@ -248,7 +248,7 @@ pub fn index(arg: &'static str, value: i64, size: usize) -> Result<usize> {
 }
 
 /// The values of cumulative lengths: 0, then none smaller than the one before, at most seqlen.
-fn bounds(arg: &'static str, cumulative: &View<1>, seqlen: usize) -> Result<Vec<usize>> {
+pub fn bounds(arg: &'static str, cumulative: &View<1>, seqlen: usize) -> Result<Vec<usize>> {
     let values: Vec<i64> = (0..cumulative.shape[0]).map(|i| cumulative.get_int([i])).collect();
     let grows = values.windows(2).all(|pair| pair[0] <= pair[1]);
     let ends = values.last().is_some_and(|&last| last <= seqlen as i64);

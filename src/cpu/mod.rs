@@ -13,12 +13,14 @@ macro_rules! simd {
 }
 
 pub mod causal_conv1d;
+pub mod causal_conv1d_update;
 pub mod documents;
 pub mod matmul;
 pub mod pool;
 pub mod real;
 pub mod rmsnorm_gated;
 pub mod selective_state_update;
+pub mod slots;
 pub mod ssd;
 pub mod state_passing;
 

@@ -1,10 +1,10 @@
-//! Causal depthwise convolution: forward, backward, decode step.
+//! Causal depthwise convolution: forward, backward.
 
 use pyo3::prelude::*;
 
 use crate::cpu;
 use crate::dims::{Backend, Checker, ConvDims, document_rows, initial_rows, optional};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::ops::with_accumulator;
 use crate::tensor::{TensorArg, View};
 use crate::torch::run;
@@ -128,44 +128,6 @@ pub fn causal_conv1d_backward(
                     cpu::causal_conv1d::backward::<T>(&inputs, &gradients)
                 })
             })?,
-        }
-    })
-}
-
-/// conv_state (batch, dim, state_len) is shifted in place, out (batch, dim, seqlen) is written.
-#[pyfunction]
-pub fn causal_conv1d_update(
-    py: Python<'_>,
-    x: TensorArg,
-    conv_state: TensorArg,
-    weight: TensorArg,
-    bias: Option<TensorArg>,
-    silu: bool,
-    out: TensorArg,
-) -> PyResult<()> {
-    run(py, |threads| {
-        let tensors = (x, weight, bias, None, None, None);
-        let check = Checker::new("x", &tensors.0)?;
-        let inputs = ConvInputs::new(&check, &tensors, silu)?;
-        let dims = inputs.dims;
-        let state_len = conv_state.view("conv_state", ["batch", "dim", "state_len"])?.shape[2];
-        if state_len < dims.width - 1 {
-            return Err(Error::Value {
-                arg: "conv_state",
-                got: format!("state_len = {state_len}"),
-                allowed: format!("state_len >= width - 1 = {}", dims.width - 1),
-            });
-        }
-        let shape = [("batch", dims.batch), ("dim", dims.dim), ("state_len", state_len)];
-        conv_state.expect_writable("conv_state")?;
-        let conv_state = check.same("conv_state", &conv_state, shape)?;
-        let out = check.same("out", &out, dims.x())?;
-        match check.backend {
-            Backend::Cpu => cpu::pool::install(threads, || {
-                with_accumulator!(check.dtype, T => {
-                    cpu::causal_conv1d::update::<T>(&inputs, &conv_state, &out);
-                });
-            }),
         }
     })
 }

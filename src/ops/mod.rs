@@ -1,6 +1,7 @@
 //! One file per op: its arguments checked once, then the backend that its device asks for.
 
 pub mod causal_conv1d;
+pub mod causal_conv1d_update;
 pub mod rmsnorm_gated;
 pub mod selective_state_update;
 pub mod ssd;

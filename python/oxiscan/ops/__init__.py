@@ -1,6 +1,7 @@
 """The public ops: upstream's signatures, outputs allocated with torch, arithmetic in Rust."""
 
-from .causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from .causal_conv1d import causal_conv1d_fn
+from .causal_conv1d_update import causal_conv1d_update, causal_conv1d_varlen_states
 from .rmsnorm_gated import RMSNormGated, rmsnorm_gated
 from .selective_state_update import selective_state_update
 from .split_conv1d_scan import mamba_split_conv1d_scan_combined
@@ -12,6 +13,7 @@ __all__ = [
     "RMSNormGated",
     "causal_conv1d_fn",
     "causal_conv1d_update",
+    "causal_conv1d_varlen_states",
     "mamba_chunk_scan_combined",
     "mamba_chunk_scan_combined_varlen",
     "mamba_split_conv1d_scan_combined",

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 
-def written(tensor: Tensor) -> None:
-    """Let autograd know that `tensor` was written in place: a graph that saved it must not use it any more."""
-    if not tensor.is_inference():
-        torch.autograd.graph.increment_version(tensor)
+def written(*tensors: Tensor | None) -> None:
+    """Let autograd know that `tensors` were written in place: a graph that saved one must not use it any more."""
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
 
 
 def empty_like(tensor: Tensor | None) -> Tensor | None:

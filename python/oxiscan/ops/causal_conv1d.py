@@ -1,4 +1,4 @@
-"""Causal depthwise convolution over a sequence, and its decode step."""
+"""Causal depthwise convolution over a sequence."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from oxiscan import _C
-from oxiscan._arguments import check, is_silu, ndocs, not_yet, sizes
+from oxiscan._arguments import check, is_silu, ndocs, sizes
 
-from ._common import empty_like, written
+from ._common import empty_like
 
 
 class _CausalConv1d(torch.autograd.Function):
@@ -100,44 +100,3 @@ def causal_conv1d_fn(
     if final_states_out is not None:
         final_states = final_states_out.copy_(final_states)
     return out, final_states
-
-
-@torch.no_grad()
-def causal_conv1d_update(
-    x: Tensor,
-    conv_state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    cache_seqlens: Tensor | None = None,
-    conv_state_indices: Tensor | None = None,
-    intermediate_conv_states: Tensor | None = None,
-) -> Tensor:
-    """One decode step of `causal_conv1d_fn`. For inference: the result carries no gradient.
-
-    Args:
-        x: (batch, dim), or (batch, dim, 1).
-        conv_state: (batch, dim, state_len >= width - 1) in x's dtype, the last inputs, newest last; shifted in place.
-        weight, bias, activation: as for `causal_conv1d_fn`.
-        cache_seqlens, conv_state_indices, intermediate_conv_states: not supported yet.
-
-    Returns:
-        out, of x's shape and dtype.
-
-    Raises:
-        ValueError, TypeError: an argument that does not fit, by name; conv_state is untouched then.
-        NotImplementedError: several tokens, or an argument that is not supported yet.
-    """
-    not_yet(
-        cache_seqlens=cache_seqlens,
-        conv_state_indices=conv_state_indices,
-        intermediate_conv_states=intermediate_conv_states,
-    )
-    tokens = x.unsqueeze(-1) if isinstance(x, Tensor) and x.dim() == 2 else x
-    seqlen = sizes("x", tokens, "batch", "dim", "seqlen")[2]
-    if seqlen != 1:
-        raise NotImplementedError(f"x: got {seqlen} tokens; allowed: one token per call")
-    out = torch.empty_like(tokens)
-    _C.causal_conv1d_update(tokens, conv_state, weight, bias, is_silu(activation), out)
-    written(conv_state)
-    return out.reshape(x.shape)

@@ -4,7 +4,8 @@ Nothing here is fast. It is what the tests compare with, in float64. Functions t
 `oxiscan.ops`, compute in float64 for float64 inputs and in float32 otherwise, and return the twin's dtypes.
 """
 
-from .causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from .causal_conv1d import causal_conv1d_fn
+from .causal_conv1d_update import causal_conv1d_update, causal_conv1d_varlen_states
 from .rmsnorm_gated import RMSNormGated, rmsnorm_gated
 from .selective_state_update import selective_state_update
 from .ssd import mamba_chunk_scan_combined, mamba_chunk_scan_combined_varlen, mamba_split_conv1d_scan_combined
@@ -14,6 +15,7 @@ __all__ = [
     "RMSNormGated",
     "causal_conv1d_fn",
     "causal_conv1d_update",
+    "causal_conv1d_varlen_states",
     "mamba_chunk_scan_combined",
     "mamba_chunk_scan_combined_varlen",
     "mamba_split_conv1d_scan_combined",

@@ -1,4 +1,4 @@
-"""What the reference ops share: documents and dt."""
+"""What the reference ops share: documents, slots and dt."""
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,13 @@ def initial_row(initial_states: Tensor | None, document: int, cu_seqlens: Tensor
     if initial_states is None or document >= cu_seqlens.shape[0] - 1 or document >= initial_states.shape[0]:
         return None
     return initial_states[document : document + 1]
+
+
+def slots(indices: Tensor | None, batch: int) -> list[tuple[int, int]]:
+    """(row, slot) of each row of a batch; a row of padding (-1) has none."""
+    if indices is None:
+        return [(b, b) for b in range(batch)]
+    return [(b, slot) for b, slot in enumerate(indices.tolist()) if slot != -1]
 
 
 def discretize_dt(

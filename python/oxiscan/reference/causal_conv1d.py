@@ -4,13 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oxiscan._arguments import acc_dtype, is_silu, not_yet
+from oxiscan._arguments import acc_dtype, is_silu
 
 from ._common import document_starts, documents, initial_row
-
-
-def _activate(out: Tensor, activation: str | None) -> Tensor:
-    return F.silu(out) if is_silu(activation) else out
 
 
 def causal_conv1d_fn(
@@ -61,7 +57,8 @@ def causal_conv1d_fn(
         out = out + torch.where(same_run[:, None], tap, 0.0)
     if bias is not None:
         out = out + bias.to(dtype)[:, None]
-    out = _activate(out, activation)
+    if is_silu(activation):
+        out = F.silu(out)
     if seq_idx is not None:
         out = torch.where((seq_idx < 0)[:, None], 0.0, out)
     out = out.to(x.dtype)
@@ -74,32 +71,3 @@ def causal_conv1d_fn(
     if final_states_out is not None:
         final_states = final_states_out.copy_(final_states)
     return out, final_states
-
-
-@torch.no_grad()
-def causal_conv1d_update(
-    x: Tensor,
-    conv_state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    cache_seqlens: Tensor | None = None,
-    conv_state_indices: Tensor | None = None,
-    intermediate_conv_states: Tensor | None = None,
-) -> Tensor:
-    """See `oxiscan.ops.causal_conv1d_update`."""
-    not_yet(
-        cache_seqlens=cache_seqlens,
-        conv_state_indices=conv_state_indices,
-        intermediate_conv_states=intermediate_conv_states,
-    )
-    dtype = acc_dtype(x)
-    tokens = x.unsqueeze(-1) if x.dim() == 2 else x
-    if tokens.shape[-1] != 1:
-        raise NotImplementedError(f"x: got {tokens.shape[-1]} tokens; allowed: one token per call")
-    window = torch.cat([conv_state.to(dtype), tokens.to(dtype)], dim=-1)
-    conv_state.copy_(window[..., 1:])
-    out = (window[..., -weight.shape[1] :] * weight.to(dtype)).sum(-1)
-    if bias is not None:
-        out = out + bias.to(dtype)
-    return _activate(out, activation).to(x.dtype).reshape(x.shape)

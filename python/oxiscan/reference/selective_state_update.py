@@ -1,12 +1,12 @@
-"""One decode step of the state-space recurrence: state = exp(dt A) state + dt x B; out = C state + D x."""
+"""Decode steps of the state-space recurrence: state = exp(dt A) state + dt x B; out = (C state + D x) silu(z)."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from oxiscan._arguments import acc_dtype, not_yet
+from oxiscan._arguments import acc_dtype
 
-from ._common import discretize_dt
+from ._common import discretize_dt, slots
 
 
 @torch.no_grad()
@@ -25,37 +25,36 @@ def selective_state_update(
     intermediate_ssm_states: Tensor | None = None,
 ) -> Tensor:
     """See `oxiscan.ops.selective_state_update`."""
-    not_yet(state_batch_indices=state_batch_indices, intermediate_ssm_states=intermediate_ssm_states)
     dtype = acc_dtype(x)
-    if x.dim() == 4:
-        raise NotImplementedError("x: several tokens (4 dimensions) are not supported yet; allowed: 2 or 3 dimensions")
-    if x.dim() == 2:  # no heads: one head of size dim
+    heads, several = x.dim() > 2, x.dim() == 4
 
-        def head(tensor: Tensor | None, dim: int) -> Tensor | None:
-            return None if tensor is None else tensor.unsqueeze(dim)
+    def tokens(tensor: Tensor) -> Tensor:
+        """(batch, seqlen, nheads, dim) or (batch, seqlen, ngroups, dstate)."""
+        tensor = (tensor if several else tensor.unsqueeze(1)).to(dtype)
+        return tensor if tensor.dim() == 4 else tensor.unsqueeze(2)
 
-        return selective_state_update(
-            head(state, 1),  # type: ignore[arg-type]
-            head(x, 1),  # type: ignore[arg-type]
-            head(dt, 1),  # type: ignore[arg-type]
-            head(A, 0),  # type: ignore[arg-type]
-            B,
-            C,
-            head(D, 0),
-            head(z, 1),
-            head(dt_bias, 0),
-            dt_softplus,
-        ).squeeze(1)
-    nheads = x.shape[1]
-    B, C = (t.unsqueeze(1) if t.dim() == 2 else t for t in (B, C))
-    B, C = (t.to(dtype).repeat_interleave(nheads // t.shape[1], dim=1) for t in (B, C))
-    dt = discretize_dt(dt, dt_bias, dt_softplus, (float("-inf"), float("inf")), dtype)
-    decay = torch.exp(dt[..., None] * A.to(dtype))
-    new_state = state.to(dtype) * decay + (dt * x.to(dtype))[..., None] * B[:, :, None]
-    state.copy_(new_state)
-    out = (new_state * C[:, :, None]).sum(-1)
-    if D is not None:
-        out = out + D.to(dtype) * x.to(dtype)
-    if z is not None:
-        out = out * F.silu(z.to(dtype))
-    return out.to(x.dtype)
+    def parameter(tensor: Tensor) -> Tensor:
+        """(nheads, dim[, dstate])."""
+        return (tensor if heads else tensor.unsqueeze(0)).to(dtype)
+
+    x_acc, B, C, A = tokens(x), tokens(B), tokens(C), parameter(A)
+    batch, seqlen, nheads, _ = x_acc.shape
+    B, C = (t.repeat_interleave(nheads // t.shape[2], dim=2) for t in (B, C))
+    dt_bias = None if dt_bias is None else parameter(dt_bias)
+    dt = discretize_dt(tokens(dt), dt_bias, dt_softplus, (float("-inf"), float("inf")), dtype)
+
+    out = torch.zeros_like(x_acc)
+    for b, slot in slots(state_batch_indices, batch):
+        new = parameter(state[slot])
+        for t in range(seqlen):
+            xdt = x_acc[b, t] * dt[b, t]
+            new = torch.exp(dt[b, t, :, :, None] * A) * new + xdt[:, :, None] * B[b, t, :, None, :]
+            out[b, t] = (new * C[b, t, :, None, :]).sum(-1)
+            if D is not None:
+                out[b, t] += parameter(D) * x_acc[b, t]
+            if z is not None:
+                out[b, t] *= F.silu(tokens(z)[b, t])
+            if intermediate_ssm_states is not None:
+                intermediate_ssm_states[slot, t] = new.reshape(state.shape[1:])
+        state[slot] = new.reshape(state.shape[1:])
+    return out.to(x.dtype).reshape(x.shape)

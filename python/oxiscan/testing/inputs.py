@@ -119,6 +119,111 @@ def conv(
     return tensors
 
 
+def slot_indices(batch: int, slots: int, *, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """A slot for each row of a batch, all different, in no order; (batch,) int32."""
+    return torch.randperm(slots, generator=generator)[:batch].to(device, torch.int32)
+
+
+def conv_update(
+    *,
+    batch: int = 3,
+    dim: int = 70,
+    seqlen: int | None = None,
+    width: int = 4,
+    state_len: int | None = None,
+    dtype: torch.dtype,
+    device: torch.device,
+    parameters: torch.dtype | None = None,
+    optional: bool = True,
+    circular: bool = False,
+    slots: int | None = None,
+    intermediate: bool = False,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Arguments of causal_conv1d_update.
+
+    Args:
+        seqlen: None for one token without an axis for it.
+        state_len: width - 1 if left out.
+        circular: with cache_seqlens.
+        slots: the slots of the states, with conv_state_indices; None for a row each.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    like: dict[str, Any] = {"dtype": dtype, "device": device, "generator": generator}
+    parameter = like | {"dtype": parameters or dtype}
+    state_len = width - 1 if state_len is None else state_len
+    rows = batch if slots is None else slots
+    tensors = {
+        "x": normal(batch, dim, **like) if seqlen is None else normal(batch, dim, seqlen, **like),
+        "conv_state": normal(rows, dim, state_len, **like),
+        "weight": normal(dim, width, scale=0.5, **parameter),
+    }
+    if optional:
+        tensors["bias"] = normal(dim, **parameter)
+    if circular:
+        tensors["cache_seqlens"] = torch.randint(0, 50, (batch,), generator=generator).to(device, torch.int32)
+    if slots is not None:
+        tensors["conv_state_indices"] = slot_indices(batch, slots, device=device, generator=generator)
+    if intermediate:
+        tokens = 1 if seqlen is None else seqlen
+        tensors["intermediate_conv_states"] = normal(rows, tokens, dim, state_len, **like)
+    return tensors
+
+
+def state_update(
+    *,
+    batch: int = 3,
+    seqlen: int | None = None,
+    nheads: int | None = 4,
+    dim: int = 5,
+    ngroups: int | None = 2,
+    dstate: int = 7,
+    dtype: torch.dtype,
+    device: torch.device,
+    parameters: torch.dtype | None = None,
+    state: torch.dtype | None = None,
+    slots: int | None = None,
+    intermediate: bool = False,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Arguments of selective_state_update.
+
+    Args:
+        seqlen: None for one token without an axis for it.
+        nheads: None for arguments without heads.
+        ngroups: None for B and C without groups.
+        parameters: the dtype of dt, A, D and dt_bias.
+        state: the dtype of both states.
+        slots: the slots of the states, with state_batch_indices; None for a row each.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    like: dict[str, Any] = {"dtype": dtype, "device": device, "generator": generator}
+    parameter = like | {"dtype": parameters or dtype}
+    states = like | {"dtype": state or dtype}
+    rows = batch if slots is None else slots
+    tokens = (batch,) if seqlen is None else (batch, seqlen)
+    heads = () if nheads is None else (nheads,)
+    groups = () if ngroups is None else (ngroups,)
+    tensors = {
+        "state": normal(rows, *heads, dim, dstate, **states),
+        "x": normal(*tokens, *heads, dim, **like),
+        "dt": normal(*tokens, *heads, dim, **parameter),
+        "A": -normal(*heads, dim, dstate, **parameter).abs(),
+        "B": normal(*tokens, *groups, dstate, **like),
+        "C": normal(*tokens, *groups, dstate, **like),
+        "D": normal(*heads, dim, **parameter),
+        "z": normal(*tokens, *heads, dim, **like),
+        "dt_bias": normal(*heads, dim, **parameter),
+    }
+    if slots is not None:
+        tensors["state_batch_indices"] = slot_indices(batch, slots, device=device, generator=generator)
+    if intermediate:
+        tensors["intermediate_ssm_states"] = normal(
+            rows, 1 if seqlen is None else seqlen, *heads, dim, dstate, **states
+        )
+    return tensors
+
+
 def split_conv1d_scan(
     *,
     batch: int = 2,
