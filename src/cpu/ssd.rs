@@ -30,7 +30,7 @@ use rayon::prelude::*;
 
 use crate::cpu::documents::{Documents, Entry, Tile, Tiles};
 use crate::cpu::matmul::{Mat, matmul};
-use crate::cpu::real::{Real, SOFTPLUS_LINEAR, dot};
+use crate::cpu::real::{Real, dot, sum};
 use crate::dims::SsdDims;
 use crate::error::Result;
 use crate::ops::ssd::{Packing, SsdGradients, SsdInputs, SsdStates};
@@ -92,7 +92,7 @@ impl<'a, T: Real> Shared<'a, T> {
             let per_head = dt.par_chunks_mut(seqlen).zip(l.par_chunks_mut(seqlen));
             per_head.enumerate().for_each(|(bh, (dt, l))| {
                 let (b, h) = (bh / nheads, bh % nheads);
-                discretize(inputs, &tiles.tiles[tiles.of(b)], h, dt, l);
+                simd!(discretize(inputs, &tiles.tiles[tiles.of(b)], h, dt, l));
             });
         }
         let mut B = vec![T::zero(); batch * ngroups * seqlen * dstate];
@@ -160,62 +160,60 @@ impl<'a, T: Real> Shared<'a, T> {
 }
 
 /// dt with bias, softplus and clamp; l, the sum of A dt within each tile.
+#[inline(always)]
 fn discretize<T: Real>(inputs: &SsdInputs, tiles: &[Tile], h: usize, dt: &mut [T], l: &mut [f64]) {
-    let A: T = inputs.A.get([h]);
+    let A = inputs.A.get::<T>([h]).as_f64();
     inputs.dt.load_line([tiles[0].b, 0, h], 1, dt);
+    let bias = dt_bias(inputs, h);
+    for dt in dt.iter_mut() {
+        *dt = clamp(inputs, unclamped(inputs, *dt + bias));
+    }
     for tile in tiles {
         let mut sum = 0.0;
-        for (dt, l) in dt[tile.begin..tile.end()].iter_mut().zip(&mut l[tile.begin..tile.end()]) {
-            *dt = clamp(inputs, softplus(inputs, with_bias(inputs, h, *dt)));
-            sum += A.as_f64() * dt.as_f64();
+        for (dt, l) in dt[tile.begin..tile.end()].iter().zip(&mut l[tile.begin..tile.end()]) {
+            sum += A * dt.as_f64();
             *l = sum;
         }
     }
 }
 
-fn with_bias<T: Real>(inputs: &SsdInputs, h: usize, dt: T) -> T {
-    inputs.dt_bias.map_or(dt, |bias| dt + bias.get([h]))
+#[inline(always)]
+fn dt_bias<T: Real>(inputs: &SsdInputs, h: usize) -> T {
+    inputs.dt_bias.map_or(T::zero(), |bias| bias.get([h]))
 }
 
-fn softplus<T: Real>(inputs: &SsdInputs, dt: T) -> T {
-    if inputs.dt_softplus { dt.softplus() } else { dt }
+#[inline(always)]
+fn unclamped<T: Real>(inputs: &SsdInputs, biased: T) -> T {
+    if inputs.dt_softplus { biased.softplus() } else { biased }
 }
 
 /// Clamp to dt_limit; NaN stays NaN.
+#[inline(always)]
 fn clamp<T: Real>(inputs: &SsdInputs, dt: T) -> T {
     let (low, high) = (T::from_f64(inputs.dt_limit.0), T::from_f64(inputs.dt_limit.1));
-    if dt < low {
-        low
-    } else if dt > high {
-        high
-    } else {
-        dt
-    }
+    let dt = if dt < low { low } else { dt };
+    if dt > high { high } else { dt }
 }
 
 /// The derivative of the discretized dt by the raw one.
-fn discretize_grad<T: Real>(inputs: &SsdInputs, h: usize, raw: T) -> T {
-    let biased = with_bias(inputs, h, raw);
-    let dt = softplus(inputs, biased);
+#[inline(always)]
+fn discretize_grad<T: Real>(inputs: &SsdInputs, biased: T) -> T {
+    let dt = unclamped(inputs, biased);
+    let slope = if inputs.dt_softplus { biased.softplus_grad() } else { T::one() };
     let (low, high) = (T::from_f64(inputs.dt_limit.0), T::from_f64(inputs.dt_limit.1));
-    if dt < low || dt > high {
-        T::zero()
-    } else if inputs.dt_softplus && biased <= T::from_f32(SOFTPLUS_LINEAR) {
-        biased.sigmoid()
-    } else {
-        T::one()
-    }
+    if dt < low || dt > high { T::zero() } else { slope }
 }
 
 /// L (n, n).
 #[inline(always)]
 fn decay_matrix<T: Real>(l: &[f64], L: &mut [T]) {
     for (t, row) in L.chunks_exact_mut(l.len()).take(l.len()).enumerate() {
-        let (before, after) = row.split_at_mut(t + 1);
-        for (value, s) in before.iter_mut().zip(l) {
+        // Whole vectors: what lies past the diagonal, where exp may overflow, is cleared after.
+        let vectors = (t + 1).next_multiple_of(16).min(l.len());
+        for (value, s) in row[..vectors].iter_mut().zip(l) {
             *value = T::from_f64(l[t] - s).fast_exp();
         }
-        after.fill(T::zero());
+        row[t + 1..].fill(T::zero());
     }
 }
 
@@ -373,8 +371,9 @@ fn carry_state<T: Real>(state: &mut [T], enters: bool, x: &mut [T], B: &[T], dec
     let (headdim, dstate) = (x.len() / n, B.len() / n);
     simd!({
         for (t, row) in x.chunks_exact_mut(headdim).enumerate() {
+            let factor = decays.dt[t] * decays.w[t];
             for value in row {
-                *value *= decays.dt[t] * decays.w[t];
+                *value *= factor;
             }
         }
     });
@@ -638,6 +637,7 @@ struct Scratch<T> {
     dB: Vec<T>,
     dC: Vec<T>,
     uDyH: Vec<T>,
+    dD: Vec<T>,
     initial: Vec<T>,
     exit: Vec<T>,
 }
@@ -648,8 +648,9 @@ impl<T: Real> Scratch<T> {
         let [x, dy, z, rows, E] = std::array::from_fn(|_| vec![T::zero(); TILE * headdim]);
         let [P, dM, dCB] = std::array::from_fn(|_| vec![T::zero(); TILE * TILE]);
         let [dB, dC, uDyH] = std::array::from_fn(|_| vec![T::zero(); TILE * dstate]);
+        let dD = vec![T::zero(); headdim];
         let [initial, exit] = std::array::from_fn(|_| vec![T::zero(); headdim * dstate]);
-        Scratch { x, dy, z, rows, E, P, dM, dCB, dB, dC, uDyH, initial, exit }
+        Scratch { x, dy, z, rows, E, P, dM, dCB, dB, dC, uDyH, dD, initial, exit }
     }
 }
 
@@ -715,7 +716,8 @@ fn backward_tile<T: Real>(
         });
         matmul(dM, T::zero(), Mat::new(dy, n, headdim), Mat::new(x, n, headdim).t());
 
-        // One sweep turns L into P = CB o L and leaves dCB and the sums of K.
+        // One sweep turns L into P = CB o L and leaves dCB and the sums of K. K's diagonal, which does not depend on the
+        // decay, is left out of them.
         let mut dl = [0.0; TILE];
         simd!({
             for t in 0..n {
@@ -731,13 +733,11 @@ fn backward_tile<T: Real>(
                     *P *= CB;
                     *K = dM * (CB * weighted);
                 }
-                // The diagonal does not depend on the decay.
-                let mut row_sum = 0.0;
-                for (dl, K) in dl[..t].iter_mut().zip(K.iter()) {
+                let K = &K[..t];
+                for (dl, K) in dl.iter_mut().zip(K) {
                     *dl -= K.as_f64();
-                    row_sum += K.as_f64();
                 }
-                dl[t] += row_sum;
+                dl[t] += sum(K);
             }
         });
 
@@ -815,28 +815,38 @@ fn backward_tile<T: Real>(
             prefix += q;
         }
 
-        let A: T = inputs.A.get([h]);
-        let mut raw = [T::zero(); TILE];
-        inputs.dt.load_line([tile.b, tile.begin, h], 1, &mut raw[..n]);
+        let A = inputs.A.get::<T>([h]).as_f64();
         let (dA, rest) = partial.split_first_mut().expect("partials hold dA");
         let (ddt_bias, dD) = rest.split_first_mut().expect("partials hold ddt_bias");
         simd!({
-            for (t, E) in E.chunks_exact_mut(headdim).enumerate() {
-                let tokens = t * headdim..(t + 1) * headdim;
-                let (x, dy) = (&x[tokens.clone()], &dy[tokens]);
-                let ddt = dot(E, x).as_f64() + A.as_f64() * da[t];
-                let ddt = ddt * discretize_grad(inputs, h, raw[t]).as_f64();
-                line[t] = T::from_f64(ddt);
+            let slopes = &mut line[..n];
+            inputs.dt.load_line([tile.b, tile.begin, h], 1, slopes);
+            let bias = dt_bias(inputs, h);
+            for slope in slopes.iter_mut() {
+                *slope = discretize_grad(inputs, *slope + bias);
+            }
+            let tokens = E.chunks_exact(headdim).zip(x.chunks_exact(headdim));
+            for (t, (E, x)) in tokens.enumerate() {
+                let ddt = (dot(E, x).as_f64() + A * da[t]) * slopes[t].as_f64();
+                slopes[t] = T::from_f64(ddt);
                 *dA += decays.dt[t].as_f64() * da[t];
                 *ddt_bias += ddt;
-                for value in E.iter_mut() {
-                    *value *= decays.dt[t];
-                }
-                if let Some(D) = &D {
-                    for (i, value) in E.iter_mut().enumerate() {
-                        *value += D[i] * dy[i];
-                        dD[i] += (dy[i] * x[i]).as_f64();
+            }
+            scale_rows(E, headdim, decays.dt);
+            if let Some(D) = &D {
+                let tile_dD = &mut scratch.dD[..headdim];
+                tile_dD.fill(T::zero());
+                let tokens = dy.chunks_exact(headdim).zip(x.chunks_exact(headdim));
+                for (E, (dy, x)) in E.chunks_exact_mut(headdim).zip(tokens) {
+                    for ((E, dD), ((&dy, &x), &D)) in
+                        E.iter_mut().zip(tile_dD.iter_mut()).zip(dy.iter().zip(x).zip(D))
+                    {
+                        *E += D * dy;
+                        *dD += dy * x;
                     }
+                }
+                for (dD, tile_dD) in dD.iter_mut().zip(tile_dD.iter()) {
+                    *dD += tile_dD.as_f64();
                 }
             }
             gradients.dx.store_tile(at, (1, n), (3, headdim), E);
