@@ -13,8 +13,8 @@ def chunked_ssd(
 ) -> Tensor:
     """Mamba-2's scan as batched matrix products over chunks; seqlen has to be a multiple of chunk_size.
 
-    With l the sum of A dt within a chunk: Y = ((C B^T) o exp(l[t] - l[s]) dt) X + exp(l) C H^T + D X, where the states H
-    before each chunk are a product of the decays between chunks and what each chunk adds.
+    With a the sum of A dt within a chunk: Y = ((C B^T) o exp(a[t] - a[s]) dt) X + exp(a) C H^T + D X, where the states
+    H before each chunk are a product of the decays between chunks and what each chunk adds.
     """
     batch, seqlen, nheads, headdim = x.shape
     heads = nheads // B.shape[2]
@@ -24,21 +24,21 @@ def chunked_ssd(
         return tensor.unflatten(1, (nchunks, chunk_size)).permute(0, 3, 1, 2, 4)
 
     dt = chunks(F.softplus(dt + dt_bias).unsqueeze(-1)).squeeze(-1)
-    l = (A[:, None, None] * dt).cumsum(-1)
+    a = (A[:, None, None] * dt).cumsum(-1)
     X, B, C = chunks(x), chunks(B), chunks(C)
     causal = torch.ones(chunk_size, chunk_size, dtype=torch.bool).tril()
-    L = (l[..., :, None] - l[..., None, :]).masked_fill(~causal, float("-inf")).exp()
+    L = (a[..., :, None] - a[..., None, :]).masked_fill(~causal, float("-inf")).exp()
     CB = (C @ B.mT).repeat_interleave(heads, dim=1)
     B, C = B.repeat_interleave(heads, dim=1), C.repeat_interleave(heads, dim=1)
     Y = (CB * L * dt[..., None, :]) @ X
 
-    added = (X * (dt * (l[..., -1:] - l).exp())[..., None]).mT @ B
-    total = F.pad(l[..., -1], (1, 0)).cumsum(-1)  # decay up to the start of each chunk
+    added = (X * (dt * (a[..., -1:] - a).exp())[..., None]).mT @ B
+    total = F.pad(a[..., -1], (1, 0)).cumsum(-1)  # decay up to the start of each chunk
     between = total[..., :-1, None] - total[..., None, 1:]
     before = torch.ones(nchunks, nchunks, dtype=torch.bool).tril(-1)
     between = between.masked_fill(~before, float("-inf")).exp()
     H = (between @ added.flatten(-2)).unflatten(-1, added.shape[-2:])
-    Y = Y + l.exp()[..., None] * (C @ H.mT) + D[:, None, None, None] * X
+    Y = Y + a.exp()[..., None] * (C @ H.mT) + D[:, None, None, None] * X
     return Y.permute(0, 2, 3, 1, 4).reshape(batch, seqlen, nheads, headdim)
 
 

@@ -27,7 +27,7 @@ _ConvTensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None
 _NormTensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 # eps, group_size, norm_before_gate
 _NormOptions = tuple[float, int | None, bool]
-# x, dt, A, B, C; D, z, dt_bias, initial_states, seq_idx, cu_seqlens
+# x, dt, A, B, C; D, z, dt_bias, initial_states
 _SsdTensors = tuple[
     Tensor,
     Tensor,
@@ -38,9 +38,11 @@ _SsdTensors = tuple[
     Tensor | None,
     Tensor | None,
     Tensor | None,
-    Tensor | None,
-    Tensor | None,
 ]
+# seq_idx, cu_seqlens
+_TokenPacking = tuple[Tensor | None, Tensor | None]
+# cu_chunk_seqlens, seq_idx
+_ChunkPacking = tuple[Tensor, Tensor]
 
 class _BuildInfo(TypedDict):
     version: str
@@ -100,6 +102,7 @@ def selective_state_update(
 ) -> None: ...
 def ssd_forward(
     tensors: _SsdTensors,
+    packing: _TokenPacking,
     dt_softplus: bool,
     dt_limit: tuple[float, float],
     out: Tensor,
@@ -108,6 +111,7 @@ def ssd_forward(
 ) -> None: ...
 def ssd_backward(
     tensors: _SsdTensors,
+    packing: _TokenPacking,
     dt_softplus: bool,
     dt_limit: tuple[float, float],
     dout: Tensor | None,
@@ -125,9 +129,8 @@ def ssd_backward(
 ) -> None: ...
 def ssd_varlen_forward(
     tensors: _SsdTensors,
-    cu_chunk_seqlens: Tensor,
+    packing: _ChunkPacking,
     last_chunk_indices: Tensor,
-    seq_idx: Tensor,
     dt_softplus: bool,
     dt_limit: tuple[float, float],
     out: Tensor,

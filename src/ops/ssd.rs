@@ -9,7 +9,7 @@ use crate::ops::with_accumulator;
 use crate::tensor::{TensorArg, View};
 use crate::torch::run;
 
-/// x, dt, A, B, C; D, z, dt_bias, initial_states, seq_idx, cu_seqlens where given.
+/// x, dt, A, B, C; D, z, dt_bias, initial_states where given.
 type SsdTensors = (
     TensorArg,
     TensorArg,
@@ -20,9 +20,13 @@ type SsdTensors = (
     Option<TensorArg>,
     Option<TensorArg>,
     Option<TensorArg>,
-    Option<TensorArg>,
-    Option<TensorArg>,
 );
+
+/// seq_idx, cu_seqlens where given.
+type TokenPacking = (Option<TensorArg>, Option<TensorArg>);
+
+/// cu_chunk_seqlens, seq_idx.
+type ChunkPacking = (TensorArg, TensorArg);
 
 /// How documents are packed into sequences.
 pub enum Packing {
@@ -33,6 +37,24 @@ pub enum Packing {
 }
 
 impl Packing {
+    fn by_token(check: &Checker, packing: &TokenPacking, dims: &SsdDims) -> Result<Self> {
+        let (seq_idx, cu_seqlens) = packing;
+        Ok(Packing::Tokens {
+            seq_idx: optional(seq_idx, |ids| check.int32("seq_idx", ids, dims.seq_idx()))?,
+            cu_seqlens: optional(cu_seqlens, |bounds| check.cu_seqlens(bounds, dims.batch))?,
+        })
+    }
+
+    fn by_chunk(check: &Checker, packing: &ChunkPacking) -> Result<Self> {
+        let (cu_chunk_seqlens, seq_idx) = packing;
+        let nchunks = seq_idx.view("seq_idx", ["nchunks"])?.shape[0];
+        let bounds = [("nchunks + 1", nchunks + 1)];
+        Ok(Packing::Chunks {
+            cu_chunk_seqlens: check.integer("cu_chunk_seqlens", cu_chunk_seqlens, bounds)?,
+            seq_idx: check.integer("seq_idx", seq_idx, [("nchunks", nchunks)])?,
+        })
+    }
+
     fn initial_rows(&self, dims: &SsdDims, states: &TensorArg) -> (&'static str, usize) {
         match self {
             Packing::Tokens { cu_seqlens, .. } => {
@@ -66,30 +88,12 @@ impl SsdInputs {
     fn new(
         check: &Checker,
         tensors: &SsdTensors,
-        chunks: Option<(&TensorArg, &TensorArg)>,
+        dims: SsdDims,
+        packing: Packing,
         dt_softplus: bool,
         dt_limit: (f64, f64),
     ) -> Result<Self> {
-        let (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens) = tensors;
-        let dims = SsdDims::new(x, B)?;
-        let packing = match chunks {
-            None => Packing::Tokens {
-                seq_idx: optional(seq_idx, |ids| check.int32("seq_idx", ids, dims.seq_idx()))?,
-                cu_seqlens: optional(cu_seqlens, |bounds| check.cu_seqlens(bounds, dims.batch))?,
-            },
-            Some((cu_chunk_seqlens, seq_idx)) => {
-                let nchunks = seq_idx.view("seq_idx", ["nchunks"])?.shape[0];
-                let bounds = [("nchunks + 1", nchunks + 1)];
-                Packing::Chunks {
-                    cu_chunk_seqlens: check.integer(
-                        "cu_chunk_seqlens",
-                        cu_chunk_seqlens,
-                        bounds,
-                    )?,
-                    seq_idx: check.integer("seq_idx", seq_idx, [("nchunks", nchunks)])?,
-                }
-            }
-        };
+        let (x, dt, A, B, C, D, z, dt_bias, initial_states) = tensors;
         Ok(SsdInputs {
             dims,
             x: check.same("x", x, dims.x())?,
@@ -177,6 +181,7 @@ pub struct SsdGradients {
 pub fn ssd_forward(
     py: Python<'_>,
     tensors: SsdTensors,
+    packing: TokenPacking,
     dt_softplus: bool,
     dt_limit: (f64, f64),
     out: TensorArg,
@@ -185,7 +190,9 @@ pub fn ssd_forward(
 ) -> PyResult<()> {
     run(py, |threads| {
         let check = Checker::new("x", &tensors.0)?;
-        let inputs = SsdInputs::new(&check, &tensors, None, dt_softplus, dt_limit)?;
+        let dims = SsdDims::new(&tensors.0, &tensors.3)?;
+        let packing = Packing::by_token(&check, &packing, &dims)?;
+        let inputs = SsdInputs::new(&check, &tensors, dims, packing, dt_softplus, dt_limit)?;
         let out = check.same("out", &out, inputs.dims.x())?;
         let states = SsdStates {
             final_states: optional(&final_states, |states| {
@@ -209,6 +216,7 @@ pub fn ssd_forward(
 pub fn ssd_backward(
     py: Python<'_>,
     tensors: SsdTensors,
+    packing: TokenPacking,
     dt_softplus: bool,
     dt_limit: (f64, f64),
     dout: Option<TensorArg>,
@@ -226,8 +234,9 @@ pub fn ssd_backward(
 ) -> PyResult<()> {
     run(py, |threads| {
         let check = Checker::new("x", &tensors.0)?;
-        let inputs = SsdInputs::new(&check, &tensors, None, dt_softplus, dt_limit)?;
-        let dims = inputs.dims;
+        let dims = SsdDims::new(&tensors.0, &tensors.3)?;
+        let packing = Packing::by_token(&check, &packing, &dims)?;
+        let inputs = SsdInputs::new(&check, &tensors, dims, packing, dt_softplus, dt_limit)?;
         let gradients = SsdGradients {
             dout: optional(&dout, |dout| check.same("dout", dout, dims.x()))?,
             dfinal_states: optional(&dfinal_states, |states| {
@@ -266,9 +275,8 @@ pub fn ssd_backward(
 pub fn ssd_varlen_forward(
     py: Python<'_>,
     tensors: SsdTensors,
-    cu_chunk_seqlens: TensorArg,
+    packing: ChunkPacking,
     last_chunk_indices: TensorArg,
-    seq_idx: TensorArg,
     dt_softplus: bool,
     dt_limit: (f64, f64),
     out: TensorArg,
@@ -276,8 +284,9 @@ pub fn ssd_varlen_forward(
 ) -> PyResult<()> {
     run(py, |threads| {
         let check = Checker::new("x", &tensors.0)?;
-        let chunks = Some((&cu_chunk_seqlens, &seq_idx));
-        let inputs = SsdInputs::new(&check, &tensors, chunks, dt_softplus, dt_limit)?;
+        let dims = SsdDims::new(&tensors.0, &tensors.3)?;
+        let packing = Packing::by_chunk(&check, &packing)?;
+        let inputs = SsdInputs::new(&check, &tensors, dims, packing, dt_softplus, dt_limit)?;
         let ndocs = last_chunk_indices.view("last_chunk_indices", ["ndocs"])?.shape[0];
         let last_chunks =
             check.integer("last_chunk_indices", &last_chunk_indices, [("ndocs", ndocs)])?;

@@ -7,7 +7,12 @@ from torch import Tensor
 
 
 def written(*tensors: Tensor | None) -> None:
-    """Let autograd know that `tensors` were written in place: a graph that saved one must not use it any more."""
+    """Let autograd know that `tensors` were written in place: a graph that saved one must not use it any more.
+
+    Compiled code knows by the kernel's schema.
+    """
+    if torch.compiler.is_compiling():
+        return
     for tensor in tensors:
         if tensor is not None and not tensor.is_inference():
             torch.autograd.graph.increment_version(tensor)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from oxiscan import _C
 from oxiscan._arguments import check, is_silu, ndocs, sizes
 
+from . import _kernels
 from ._common import empty_like
 
 
@@ -32,7 +32,7 @@ class _CausalConv1d(torch.autograd.Function):
         if return_final_states:
             final_states = x.new_empty(ndocs(cu_seqlens, batch), dim, max(width - 1, 0))
         tensors = (x, weight, bias, seq_idx, cu_seqlens, initial_states)
-        _C.causal_conv1d_forward(tensors, silu, out, final_states)
+        _kernels.causal_conv1d_forward(tensors, silu, out, final_states)
         ctx.save_for_backward(*tensors)
         ctx.silu = silu
         ctx.set_materialize_grads(False)
@@ -45,7 +45,7 @@ class _CausalConv1d(torch.autograd.Function):
         x, weight, bias, _, _, initial_states = tensors
         dx, dweight = torch.empty_like(x), torch.empty_like(weight)
         dbias, dinitial_states = empty_like(bias), empty_like(initial_states)
-        _C.causal_conv1d_backward(tensors, ctx.silu, dout, dfinal_states, dx, dweight, dbias, dinitial_states)
+        _kernels.causal_conv1d_backward(tensors, ctx.silu, dout, dfinal_states, dx, dweight, dbias, dinitial_states)
         return dx, dweight, dbias, None, None, dinitial_states, None, None
 
 

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from oxiscan import _C
 from oxiscan._arguments import check_tensor, check_whole, is_silu, ndocs, sizes
 
+from . import _kernels
 from ._common import written
 
 
@@ -50,7 +50,7 @@ def causal_conv1d_update(
     """
     check_tensor("x", x)
     out = torch.empty_like(x)
-    _C.causal_conv1d_update(
+    _kernels.causal_conv1d_update(
         x,
         conv_state,
         weight,
@@ -85,5 +85,5 @@ def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -
     dim = sizes("x", x, "total_tokens", "dim")[1]
     check_whole("state_len", state_len, lowest=0)
     states = x.new_empty(ndocs(cu_seqlens, batch=1), dim, state_len)
-    _C.causal_conv1d_varlen_states(x, cu_seqlens, states)
+    _kernels.causal_conv1d_varlen_states(x, cu_seqlens, states)
     return states

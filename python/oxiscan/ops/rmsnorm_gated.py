@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from oxiscan import _C, reference
+from oxiscan import reference
 from oxiscan._arguments import number
 
+from . import _kernels
 from ._common import empty_like
 
 
@@ -26,7 +27,7 @@ class _RMSNormGated(torch.autograd.Function):
     ) -> Tensor:
         out = torch.empty_like(x)
         tensors, options = (x, weight, bias, z), (eps, group_size, norm_before_gate)
-        _C.rmsnorm_gated_forward(tensors, options, out)
+        _kernels.rmsnorm_gated_forward(tensors, options, out)
         ctx.save_for_backward(*tensors)
         ctx.options = options
         return out
@@ -38,7 +39,7 @@ class _RMSNormGated(torch.autograd.Function):
         x, weight, bias, z = tensors
         dx, dweight = torch.empty_like(x), torch.empty_like(weight)
         dbias, dz = empty_like(bias), empty_like(z)
-        _C.rmsnorm_gated_backward(tensors, ctx.options, dout, dx, dweight, dbias, dz)
+        _kernels.rmsnorm_gated_backward(tensors, ctx.options, dout, dx, dweight, dbias, dz)
         return dx, dweight, dbias, dz, None, None, None
 
 

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from oxiscan import _C
 from oxiscan._arguments import check_tensor
 
+from . import _kernels
 from ._common import written
 
 
@@ -54,7 +54,7 @@ def selective_state_update(
     """
     check_tensor("x", x)
     out = torch.empty_like(x)
-    _C.selective_state_update(
+    _kernels.selective_state_update(
         state,
         x,
         dt,

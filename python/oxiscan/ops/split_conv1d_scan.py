@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from oxiscan import _C
 from oxiscan._arguments import (
     FLOATS,
     acc_dtype,
@@ -22,6 +21,7 @@ from oxiscan._arguments import (
     varlen_states_dtype,
 )
 
+from . import _kernels
 from ._common import empty_like, results
 
 
@@ -106,15 +106,16 @@ class _SplitConv1dScan(torch.autograd.Function):
 
         conv, y = torch.empty_like(xBC), torch.empty_like(z)
         conv_tensors = (xBC.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx, cu_seqlens, initial_conv_states)
-        _C.causal_conv1d_forward(conv_tensors, options.silu, conv.transpose(1, 2), final_conv_states)
+        _kernels.causal_conv1d_forward(conv_tensors, options.silu, conv.transpose(1, 2), final_conv_states)
         gate = split.heads(z) if rmsnorm_weight is None else None
         x, B, C = split.scan_operands(conv)
-        scan_tensors = (x, dt, A, B, C, D, gate, dt_bias, initial_states, seq_idx, cu_seqlens)
-        _C.ssd_forward(scan_tensors, True, options.dt_limit, split.heads(y), final_states, varlen_states)
+        scan_tensors = (x, dt, A, B, C, D, gate, dt_bias, initial_states)
+        packing = (seq_idx, cu_seqlens)
+        _kernels.ssd_forward(scan_tensors, packing, True, options.dt_limit, split.heads(y), final_states, varlen_states)
         out = y
         if rmsnorm_weight is not None:
             out = torch.empty_like(y)
-            _C.rmsnorm_gated_forward((y, rmsnorm_weight, None, z), options.norm(), out)
+            _kernels.rmsnorm_gated_forward((y, rmsnorm_weight, None, z), options.norm(), out)
 
         ctx.save_for_backward(
             zxbcdt,
@@ -161,25 +162,28 @@ class _SplitConv1dScan(torch.autograd.Function):
         else:
             dy, drmsnorm_weight = torch.empty_like(y), torch.empty_like(rmsnorm_weight)
             norm_tensors = (y, rmsnorm_weight, None, z)
-            _C.rmsnorm_gated_backward(norm_tensors, options.norm(), dout, dy, drmsnorm_weight, None, dz)
+            _kernels.rmsnorm_gated_backward(norm_tensors, options.norm(), dout, dy, drmsnorm_weight, None, dz)
 
         # The convolution is recomputed: cheaper than keeping its result from forward on.
         conv, dconv = torch.empty_like(xBC), torch.empty_like(xBC)
         conv_tensors = (xBC.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx, cu_seqlens, initial_conv_states)
-        _C.causal_conv1d_forward(conv_tensors, options.silu, conv.transpose(1, 2), None)
+        _kernels.causal_conv1d_forward(conv_tensors, options.silu, conv.transpose(1, 2), None)
 
         x, B, C = split.scan_operands(conv)
         dx, dB, dC = split.scan_operands(dconv)
         dA, dD, ddt_bias = torch.empty_like(A), torch.empty_like(D), torch.empty_like(dt_bias)
         dinitial_states = empty_like(initial_states)
-        scan_tensors = (x, dt, A, B, C, D, gate, dt_bias, initial_states, seq_idx, cu_seqlens)
+        scan_tensors = (x, dt, A, B, C, D, gate, dt_bias, initial_states)
+        packing = (seq_idx, cu_seqlens)
         scan_gradients = (dx, ddt, dA, dB, dC, dD, dgate, ddt_bias, dinitial_states)
         dy = None if dy is None else split.heads(dy)
-        _C.ssd_backward(scan_tensors, True, options.dt_limit, dy, dfinal_states, dvarlen_states, *scan_gradients)
+        _kernels.ssd_backward(
+            scan_tensors, packing, True, options.dt_limit, dy, dfinal_states, dvarlen_states, *scan_gradients
+        )
 
         dconv1d_weight, dconv1d_bias = torch.empty_like(conv1d_weight), empty_like(conv1d_bias)
         dinitial_conv_states = empty_like(initial_conv_states)
-        _C.causal_conv1d_backward(
+        _kernels.causal_conv1d_backward(
             conv_tensors,
             options.silu,
             dconv.transpose(1, 2),
@@ -208,8 +212,8 @@ def _split_sizes(
     dim = nheads * headdim
     if ngroups < 1 or nheads % ngroups:
         raise ValueError(f"ngroups: got {ngroups}; allowed: a divisor of nheads = {nheads}")
-    dstate, rest = divmod(conv_dim - dim, 2 * ngroups)
-    if dstate < 1 or rest:
+    dstate = (conv_dim - dim) // (2 * ngroups)
+    if dstate < 1 or dim + 2 * ngroups * dstate != conv_dim:
         raise ValueError(
             f"conv1d_weight: got {conv_dim} channels; allowed: dim + 2 ngroups dstate with dim = nheads headdim = "
             f"{dim} and ngroups = {ngroups}"

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from oxiscan import _C
 from oxiscan._arguments import acc_dtype, check_chunks, limits, ndocs, sizes, varlen_states_dtype
 
+from . import _kernels
 from ._common import empty_like, results
 
 
@@ -40,9 +40,9 @@ class _ChunkScan(torch.autograd.Function):
             final_states = x.new_empty(batch, nheads, headdim, dstate, dtype=acc_dtype(x))
         if varlen_dtype is not None:
             varlen_states = x.new_empty(ndocs(cu_seqlens, batch), nheads, headdim, dstate, dtype=varlen_dtype)
-        tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens)
-        _C.ssd_forward(tensors, dt_softplus, dt_limit, out, final_states, varlen_states)
-        ctx.save_for_backward(*tensors)
+        tensors, packing = (x, dt, A, B, C, D, z, dt_bias, initial_states), (seq_idx, cu_seqlens)
+        _kernels.ssd_forward(tensors, packing, dt_softplus, dt_limit, out, final_states, varlen_states)
+        ctx.save_for_backward(*tensors, *packing)
         ctx.options = dt_softplus, dt_limit
         ctx.set_materialize_grads(False)
         return out, final_states, varlen_states
@@ -52,13 +52,15 @@ class _ChunkScan(torch.autograd.Function):
     def backward(
         ctx: Any, dout: Tensor | None, dfinal_states: Tensor | None, dvarlen_states: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors  # once: activation checkpointing unpacks each tensor a single time
-        x, dt, A, B, C, D, z, dt_bias, initial_states, _, _ = tensors
-        dt_softplus, dt_limit = ctx.options
+        # Read once: activation checkpointing unpacks each tensor a single time.
+        *tensors, seq_idx, cu_seqlens = ctx.saved_tensors
+        x, dt, A, B, C, D, z, dt_bias, initial_states = tensors
         dx, ddt, dA, dB, dC = (torch.empty_like(t) for t in (x, dt, A, B, C))
         dD, dz, ddt_bias, dinitial_states = (empty_like(t) for t in (D, z, dt_bias, initial_states))
         gradients = (dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_states)
-        _C.ssd_backward(tensors, dt_softplus, dt_limit, dout, dfinal_states, dvarlen_states, *gradients)
+        dt_softplus, dt_limit = ctx.options
+        douts = (dout, dfinal_states, dvarlen_states)
+        _kernels.ssd_backward((*tensors,), (seq_idx, cu_seqlens), dt_softplus, dt_limit, *douts, *gradients)
         return *gradients, None, None, None, None, None, None
 
 

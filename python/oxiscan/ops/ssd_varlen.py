@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oxiscan import _C
 from oxiscan._arguments import check_chunks, limits, sizes
 
+from . import _kernels
 from ._common import written
 
 
@@ -69,10 +69,15 @@ def mamba_chunk_scan_combined_varlen(
     raw_states = x.new_empty(nchunks, nheads, headdim, dstate, dtype=state_dtype or C.dtype)
     x, dt, B, C = (tensor.unsqueeze(0) for tensor in (x, dt, B, C))
     z = None if z is None else z.unsqueeze(0)
-    tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states, None, None)
-    packing = (cu_chunk_seqlens, last_chunk_indices, seq_idx)
-    limit = limits("dt_limit", dt_limit)
-    _C.ssd_varlen_forward(tensors, *packing, bool(dt_softplus), limit, out.unsqueeze(0), raw_states)
+    _kernels.ssd_varlen_forward(
+        (x, dt, A, B, C, D, z, dt_bias, initial_states),
+        (cu_chunk_seqlens, seq_idx),
+        last_chunk_indices,
+        bool(dt_softplus),
+        limits("dt_limit", dt_limit),
+        out.unsqueeze(0),
+        raw_states,
+    )
     written(out)
     varlen_states = raw_states.index_select(0, last_chunk_indices)
     return (varlen_states, raw_states) if return_raw_states else varlen_states

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from oxiscan import _C
 from oxiscan._arguments import acc_dtype, sizes
 
+from . import _kernels
 from ._common import empty_like
 
 
@@ -18,7 +18,7 @@ class _StatePassing(torch.autograd.Function):
         batch, _, nheads, headdim, dstate = sizes("states", states, "batch", "nchunks", "nheads", "headdim", "dstate")
         states_before = torch.empty_like(states)
         final_states = states.new_empty(batch, nheads, headdim, dstate, dtype=acc_dtype(states))
-        _C.state_passing_forward(states, decay, initial_states, states_before, final_states)
+        _kernels.state_passing_forward(states, decay, initial_states, states_before, final_states)
         ctx.save_for_backward(states_before, decay, initial_states)
         ctx.set_materialize_grads(False)
         return states_before, final_states
@@ -29,7 +29,9 @@ class _StatePassing(torch.autograd.Function):
         states_before, decay, initial_states = ctx.saved_tensors
         dstates, ddecay = torch.empty_like(states_before), torch.empty_like(decay)
         dinitial_states = empty_like(initial_states)
-        _C.state_passing_backward(states_before, decay, dstates_before, dfinal_states, dstates, ddecay, dinitial_states)
+        _kernels.state_passing_backward(
+            states_before, decay, dstates_before, dfinal_states, dstates, ddecay, dinitial_states
+        )
         return dstates, ddecay, dinitial_states
 
 
