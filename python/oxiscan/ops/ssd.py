@@ -59,8 +59,10 @@ class _ChunkScan(torch.autograd.Function):
         dD, dz, ddt_bias, dinitial_states = (empty_like(t) for t in (D, z, dt_bias, initial_states))
         gradients = (dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_states)
         dt_softplus, dt_limit = ctx.options
-        douts = (dout, dfinal_states, dvarlen_states)
-        _kernels.ssd_backward((*tensors,), (seq_idx, cu_seqlens), dt_softplus, dt_limit, *douts, *gradients)
+        packing = (seq_idx, cu_seqlens)
+        _kernels.ssd_backward(
+            (*tensors,), packing, dt_softplus, dt_limit, dout, dfinal_states, dvarlen_states, *gradients
+        )
         return *gradients, None, None, None, None, None, None
 
 
