@@ -36,8 +36,10 @@ use crate::error::Result;
 use crate::ops::ssd::{Packing, SsdGradients, SsdInputs, SsdStates};
 use crate::tensor::View;
 
-/// Tokens a tile. The caller's chunk_size changes rounding only, so it is not used.
+/// Tokens a tile, in backward and at most. The caller's chunk_size changes rounding only, so it is not used.
 const TILE: usize = 64;
+/// Tokens a tile in forward, which keeps no states at its tiles' boundaries: the work within a tile is halved.
+const FORWARD_TILE: usize = 32;
 
 /// What heads and tiles share: discretized dt, decay sums, packed B and C, and CB = C B^T of each tile.
 struct Shared<'a, T> {
@@ -53,8 +55,9 @@ struct Shared<'a, T> {
     /// (batch, ngroups, seqlen, dstate)
     B: Vec<T>,
     C: Vec<T>,
-    /// (batch, ngroups, seqlen, TILE): of a tile of n tokens the first n x n
+    /// (batch, ngroups, seqlen, tile_size): of a tile of n tokens the first n x n
     CB: Vec<T>,
+    tile_size: usize,
 }
 
 /// What dt and A make of one tile of one head.
@@ -72,7 +75,7 @@ fn split_lengths<T>(mut all: &mut [T], lengths: impl Iterator<Item = usize>) -> 
 }
 
 impl<'a, T: Real> Shared<'a, T> {
-    fn new(inputs: &'a SsdInputs) -> Result<Self> {
+    fn new(inputs: &'a SsdInputs, tile_size: usize) -> Result<Self> {
         let initial_rows = inputs.initial_states.map(|states| states.shape[0]);
         let documents = match &inputs.packing {
             Packing::Tokens { seq_idx, cu_seqlens } => {
@@ -85,7 +88,7 @@ impl<'a, T: Real> Shared<'a, T> {
         };
         let dims = SsdDims { seqlen: documents.seqlen, ..inputs.dims };
         let SsdDims { batch, seqlen, nheads, ngroups, dstate, .. } = dims;
-        let tiles = documents.tiles(TILE);
+        let tiles = documents.tiles(tile_size);
         let mut dt = vec![T::zero(); batch * nheads * seqlen];
         let mut l = vec![0.0; dt.len()];
         if seqlen > 0 {
@@ -97,7 +100,7 @@ impl<'a, T: Real> Shared<'a, T> {
         }
         let mut B = vec![T::zero(); batch * ngroups * seqlen * dstate];
         let mut C = B.clone();
-        let mut CB = vec![T::zero(); batch * ngroups * seqlen * TILE];
+        let mut CB = vec![T::zero(); batch * ngroups * seqlen * tile_size];
         let parts: Vec<_> = (0..batch * ngroups)
             .flat_map(|bg| tiles.of(bg / ngroups).map(move |tile| (bg % ngroups, tile)))
             .map(|(group, tile)| (group, tiles.tiles[tile]))
@@ -106,7 +109,7 @@ impl<'a, T: Real> Shared<'a, T> {
         let packed = split_lengths(&mut B, lengths(dstate))
             .into_par_iter()
             .zip(split_lengths(&mut C, lengths(dstate)))
-            .zip(split_lengths(&mut CB, lengths(TILE)));
+            .zip(split_lengths(&mut CB, lengths(tile_size)));
         packed.zip(&parts).for_each(|(((B, C), CB), &(group, tile))| {
             let (n, at) = (tile.len, [tile.b, tile.begin, group, 0]);
             simd!({
@@ -115,7 +118,7 @@ impl<'a, T: Real> Shared<'a, T> {
             });
             matmul(CB, T::zero(), Mat::new(C, n, dstate), Mat::new(B, n, dstate).t());
         });
-        Ok(Shared { inputs, dims, documents, tiles, dt, l, B, C, CB })
+        Ok(Shared { inputs, dims, documents, tiles, dt, l, B, C, CB, tile_size })
     }
 
     /// Packed B and C (n, dstate) and CB (n, n) of a tile.
@@ -123,7 +126,7 @@ impl<'a, T: Real> Shared<'a, T> {
         let dstate = self.dims.dstate;
         let token = (tile.b * self.dims.ngroups + group) * self.dims.seqlen + tile.begin;
         let rows = token * dstate..(token + tile.len) * dstate;
-        let CB = &self.CB[token * TILE..][..tile.len * tile.len];
+        let CB = &self.CB[token * self.tile_size..][..tile.len * tile.len];
         (&self.B[rows.clone()], &self.C[rows], CB)
     }
 
@@ -210,8 +213,12 @@ fn decay_matrix<T: Real>(l: &[f64], L: &mut [T]) {
     for (t, row) in L.chunks_exact_mut(l.len()).take(l.len()).enumerate() {
         // Whole vectors: what lies past the diagonal, where exp may overflow, is cleared after.
         let vectors = (t + 1).next_multiple_of(16).min(l.len());
+        let end = l[t];
         for (value, s) in row[..vectors].iter_mut().zip(l) {
-            *value = T::from_f64(l[t] - s).fast_exp();
+            *value = T::from_f64(end - s);
+        }
+        for value in &mut row[..vectors] {
+            *value = value.fast_exp();
         }
         row[t + 1..].fill(T::zero());
     }
@@ -278,7 +285,7 @@ fn skip_weights<T: Real>(inputs: &SsdInputs, h: usize) -> Option<Vec<T>> {
 }
 
 pub fn forward<T: Real>(inputs: &SsdInputs, out: &View<4>, states: &SsdStates) -> Result<()> {
-    let shared = Shared::<T>::new(inputs)?;
+    let shared = Shared::<T>::new(inputs, FORWARD_TILE)?;
     let heads = inputs.dims.batch * inputs.dims.nheads;
     (0..heads).into_par_iter().with_max_len(1).for_each(|bh| {
         forward_head(&shared, bh / inputs.dims.nheads, bh % inputs.dims.nheads, out, states);
@@ -298,10 +305,10 @@ fn forward_head<T: Real>(
     let inputs = shared.inputs;
     let D = skip_weights(inputs, h);
     let mut state = vec![T::zero(); headdim * dstate];
-    let mut x = vec![T::zero(); TILE * headdim];
+    let mut x = vec![T::zero(); FORWARD_TILE * headdim];
     let mut y = x.clone();
     let mut z = x.clone();
-    let mut m = vec![T::zero(); TILE * TILE];
+    let mut m = vec![T::zero(); FORWARD_TILE * FORWARD_TILE];
     let store = |states: Option<&View<4>>, row: usize, state: &[T]| {
         if let Some(states) = states {
             states.store_tile([row, h, 0, 0], (2, headdim), (3, dstate), state);
@@ -405,37 +412,25 @@ fn load_dy<T: Real>(
     }
 }
 
-/// States at the boundaries between tiles that a run crosses: one for each tile that carries a state, and head.
-struct Boundaries {
-    /// For each tile, how many before it in its sequence carry a state.
-    within: Vec<usize>,
-    /// How many there are before each sequence, and in all.
-    before: Vec<usize>,
+/// The states of one head at the boundaries between tiles that a run crosses, each (headdim, dstate).
+struct Walk<T> {
+    /// Of each tile that carries a state, in order.
+    H: Vec<T>,
+    /// The gradients of the same, last boundary first.
+    G: Vec<T>,
 }
 
-impl Boundaries {
-    fn new(tiles: &Tiles, batch: usize) -> Self {
-        let mut within = Vec::with_capacity(tiles.tiles.len());
-        let mut before = vec![0];
-        for b in 0..batch {
-            let mut count = 0;
-            for tile in &tiles.tiles[tiles.of(b)] {
-                within.push(count);
-                count += usize::from(tile.entry == Entry::Carried);
-            }
-            before.push(before[b] + count);
+/// For each tile, how many before it in its sequence carry a state.
+fn boundaries_before(tiles: &Tiles, batch: usize) -> Vec<usize> {
+    let mut before = Vec::with_capacity(tiles.tiles.len());
+    for b in 0..batch {
+        let mut count = 0;
+        for tile in &tiles.tiles[tiles.of(b)] {
+            before.push(count);
+            count += usize::from(tile.entry == Entry::Carried);
         }
-        Boundaries { within, before }
     }
-
-    fn of(&self, b: usize) -> usize {
-        self.before[b + 1] - self.before[b]
-    }
-
-    /// The state that tile `index` of sequence `b` carries, among those of all heads (batch, nheads, boundaries).
-    fn slot(&self, b: usize, nheads: usize, h: usize, index: usize) -> usize {
-        self.before[b] * nheads + h * self.of(b) + self.within[index]
-    }
+    before
 }
 
 /// Set, or add to, a state's gradient the one in row `row` of `states`; true if the gradient now holds anything.
@@ -480,19 +475,13 @@ fn load_exit<T: Real>(
 }
 
 pub fn backward<T: Real>(inputs: &SsdInputs, gradients: &SsdGradients) -> Result<()> {
-    let shared = Shared::<T>::new(inputs)?;
-    let SsdDims { batch, nheads, headdim, ngroups, dstate, .. } = inputs.dims;
-    let state_size = headdim * dstate;
-
-    let boundaries = Boundaries::new(&shared.tiles, batch);
-    let mut H = vec![T::zero(); boundaries.before[batch] * nheads * state_size];
-    let mut G = H.clone();
-    let lengths = || (0..batch * nheads).map(|bh| boundaries.of(bh / nheads) * state_size);
-    let walks =
-        split_lengths(&mut H, lengths()).into_par_iter().zip(split_lengths(&mut G, lengths()));
-    walks.enumerate().with_max_len(1).for_each(|(bh, (H, G))| {
-        walk_states(&shared, gradients, bh / nheads, bh % nheads, H, G);
-    });
+    let shared = Shared::<T>::new(inputs, TILE)?;
+    let SsdDims { batch, nheads, headdim, ngroups, .. } = inputs.dims;
+    let walks: Vec<_> = (0..batch * nheads)
+        .into_par_iter()
+        .with_max_len(1)
+        .map(|bh| walk_states(&shared, gradients, bh / nheads, bh % nheads))
+        .collect();
     if let Some(dinitial) = &gradients.dinitial_states {
         untouched_states::<T>(&shared, gradients, dinitial);
     }
@@ -501,12 +490,13 @@ pub fn backward<T: Real>(inputs: &SsdInputs, gradients: &SsdGradients) -> Result
     let per_head = 2 + headdim;
     let heads = inputs.dims.heads_per_group();
     let tasks = shared.tiles.groups(TILE);
+    let before = boundaries_before(&shared.tiles, batch);
     let mut partials = vec![0.0; tasks.len() * ngroups * heads * per_head];
     partials.par_chunks_mut(heads * per_head).enumerate().with_max_len(1).for_each(
         |(index, partials)| {
             let mut scratch = Scratch::new(&shared.dims);
             for tile in tasks[index / ngroups].clone() {
-                let states = States { H: &H, G: &G, boundaries: &boundaries };
+                let states = States { walks: &walks, boundary: before[tile] };
                 backward_tile(
                     &shared,
                     gradients,
@@ -563,15 +553,13 @@ fn untouched_states<T: Real>(shared: &Shared<'_, T>, gradients: &SsdGradients, d
     }
 }
 
-/// Fill H and G (boundaries, headdim, dstate) of one head, and write its initial states' gradients.
+/// Walk the tiles of one head forward and back, and write its initial states' gradients.
 fn walk_states<T: Real>(
     shared: &Shared<'_, T>,
     gradients: &SsdGradients,
     b: usize,
     h: usize,
-    H: &mut [T],
-    G: &mut [T],
-) {
+) -> Walk<T> {
     let SsdDims { headdim, dstate, .. } = shared.dims;
     let inputs = shared.inputs;
     let group = h / shared.dims.heads_per_group();
@@ -581,22 +569,21 @@ fn walk_states<T: Real>(
     let mut rows = vec![T::zero(); TILE * headdim];
     let mut z = rows.clone();
 
-    let mut boundaries = H.chunks_exact_mut(state_size);
+    let boundaries = tiles.iter().filter(|tile| tile.goes_on).count();
+    let [mut H, mut G] = std::array::from_fn(|_| Vec::with_capacity(boundaries * state_size));
     for tile in tiles.iter().filter(|tile| tile.goes_on) {
         let enters = tile.entry == Entry::Carried || shared.load_entry(tile.entry, h, &mut state);
         let decays = simd!(shared.decays(tile, h));
         let x = &mut rows[..tile.len * headdim];
         simd!(inputs.x.load_tile([b, tile.begin, h, 0], (1, tile.len), (3, headdim), x));
         carry_state(&mut state, enters, x, shared.group(tile, group).0, &decays);
-        boundaries.next().expect("a boundary for each tile that goes on").copy_from_slice(&state);
+        H.extend_from_slice(&state);
     }
 
-    let mut boundaries = G.chunks_exact_mut(state_size);
     for tile in tiles.iter().rev() {
         let leaves = tile.goes_on || load_exit(&shared.dims, gradients, tile, h, &mut state);
         if tile.goes_on {
-            let boundary = boundaries.next_back().expect("a boundary for each tile that goes on");
-            boundary.copy_from_slice(&state);
+            G.extend_from_slice(&state);
         }
         if tile.entry == Entry::Zero {
             continue;
@@ -615,13 +602,28 @@ fn walk_states<T: Real>(
             dinitial.store_tile([row, h, 0, 0], (2, headdim), (3, dstate), &state);
         }
     }
+    Walk { H, G }
 }
 
-/// H and G of all boundaries.
+/// Where a tile finds its states.
 struct States<'a, T> {
-    H: &'a [T],
-    G: &'a [T],
-    boundaries: &'a Boundaries,
+    /// Of each head (batch, nheads).
+    walks: &'a [Walk<T>],
+    /// How many boundaries there are before the tile in its sequence.
+    boundary: usize,
+}
+
+impl<T> States<'_, T> {
+    /// The state at the tile's start and the gradient of the one at its end, where the run goes on across them.
+    fn of(&self, bh: usize, tile: &Tile, state_size: usize) -> (Option<&[T]>, Option<&[T]>) {
+        let Walk { H, G } = &self.walks[bh];
+        let carried = tile.entry == Entry::Carried;
+        let after = self.boundary + usize::from(carried);
+        (
+            carried.then(|| &H[self.boundary * state_size..][..state_size]),
+            tile.goes_on.then(|| &G[G.len() - (after + 1) * state_size..][..state_size]),
+        )
+    }
 }
 
 /// What a task's tiles and heads use one after another.
@@ -686,25 +688,12 @@ fn backward_tile<T: Real>(
     for (head, partial) in partials.chunks_exact_mut(2 + headdim).enumerate() {
         let h = group * heads + head;
         let at = [tile.b, tile.begin, h, 0];
-        let boundary = |index: usize| {
-            let slot = states.boundaries.slot(tile.b, nheads, h, index) * headdim * dstate;
-            slot..slot + headdim * dstate
-        };
-        // The state that enters the tile, and the gradient of the one that leaves it: none where they are zero.
-        let H = if tile.entry == Entry::Carried {
-            Some(&states.H[boundary(index)])
-        } else if shared.load_entry(tile.entry, h, &mut scratch.initial) {
-            Some(&scratch.initial[..])
-        } else {
-            None
-        };
-        let G = if tile.goes_on {
-            Some(&states.G[boundary(index + 1)])
-        } else if load_exit(&shared.dims, gradients, tile, h, &mut scratch.exit) {
-            Some(&scratch.exit[..])
-        } else {
-            None
-        };
+        // The state that enters the tile, and the gradient of the one that leaves it; none where they are zero.
+        let (H, G) = states.of(tile.b * nheads + h, tile, headdim * dstate);
+        let initial = &mut scratch.initial[..];
+        let H = H.or(shared.load_entry(tile.entry, h, initial).then_some(initial));
+        let exit = &mut scratch.exit[..];
+        let G = G.or(load_exit(&shared.dims, gradients, tile, h, exit).then_some(exit));
         let (H_mat, G_mat) =
             (H.map(|H| Mat::new(H, headdim, dstate)), G.map(|G| Mat::new(G, headdim, dstate)));
         let D = skip_weights::<T>(inputs, h);
