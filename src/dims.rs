@@ -1,7 +1,7 @@
 //! The dimensions of each op, derived and checked once, and the checks that every argument goes through.
 
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Device, Rows, TensorArg, View};
+use crate::tensor::{DType, Device, Rows, TensorArg, View, tuple};
 
 /// The backend that runs a call, by the device of its first tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -578,5 +578,101 @@ impl StateUpdateDims {
     pub fn intermediate(&self) -> [Axis; 5] {
         let [slots, nheads, dim, dstate] = self.state();
         [slots, ("seqlen", Some(self.seqlen())), nheads, dim, dstate]
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct SelectiveScanDims {
+    pub batch: usize,
+    pub dim: usize,
+    pub seqlen: usize,
+    pub ngroups: usize,
+    pub dstate: usize,
+}
+
+impl SelectiveScanDims {
+    pub fn new(u: &TensorArg, A: &TensorArg, B: &TensorArg, C: &TensorArg) -> Result<Self> {
+        let [batch, dim, seqlen] = u.view("u", ["batch", "dim", "seqlen"])?.shape;
+        let [_, dstate] = A.view("A", ["dim", "dstate"])?.shape;
+        positive("u", "dim", dim)?;
+        positive("A", "dstate", dstate)?;
+        let groups_of_B = groups("B", B, dim)?;
+        let groups_of_C = groups("C", C, dim)?;
+        if let (Some(of_B), Some(of_C)) = (groups_of_B, groups_of_C)
+            && of_B != of_C
+        {
+            return Err(Error::Value {
+                arg: "C",
+                got: format!("ngroups = {of_C}"),
+                allowed: format!("B's ngroups = {of_B}"),
+            });
+        }
+        let ngroups = groups_of_B.or(groups_of_C).unwrap_or(1);
+        Ok(SelectiveScanDims { batch, dim, seqlen, ngroups, dstate })
+    }
+
+    pub fn group_dim(&self) -> usize {
+        self.dim / self.ngroups
+    }
+
+    pub fn u(&self) -> [(&'static str, usize); 3] {
+        [("batch", self.batch), ("dim", self.dim), ("seqlen", self.seqlen)]
+    }
+
+    pub fn A(&self) -> [(&'static str, usize); 2] {
+        [("dim", self.dim), ("dstate", self.dstate)]
+    }
+
+    /// B and C that vary, without groups.
+    pub fn tokens(&self) -> [(&'static str, usize); 3] {
+        [("batch", self.batch), ("dstate", self.dstate), ("seqlen", self.seqlen)]
+    }
+
+    /// B and C that vary, with groups.
+    pub fn groups(&self) -> [(&'static str, usize); 4] {
+        [
+            ("batch", self.batch),
+            ("ngroups", self.ngroups),
+            ("dstate", self.dstate),
+            ("seqlen", self.seqlen),
+        ]
+    }
+
+    pub fn channels(&self) -> [(&'static str, usize); 1] {
+        [("dim", self.dim)]
+    }
+
+    pub fn states(&self, rows: (&'static str, usize)) -> [(&'static str, usize); 3] {
+        [rows, ("dim", self.dim), ("dstate", self.dstate)]
+    }
+
+    pub fn seq_idx(&self) -> [(&'static str, usize); 2] {
+        [("batch", self.batch), ("seqlen", self.seqlen)]
+    }
+}
+
+/// The number of groups of the selective scan's B or C; None if it is the same for all tokens.
+fn groups(arg: &'static str, tensor: &TensorArg, dim: usize) -> Result<Option<usize>> {
+    tensor.check(arg)?;
+    match *tensor.shape() {
+        [_, _] => Ok(None),
+        [_, _, _] => Ok(Some(1)),
+        [_, ngroups, _, _] => {
+            positive(arg, "ngroups", ngroups)?;
+            if !dim.is_multiple_of(ngroups) {
+                return Err(Error::Value {
+                    arg,
+                    got: format!("ngroups = {ngroups}"),
+                    allowed: format!("a divisor of dim = {dim}"),
+                });
+            }
+            Ok(Some(ngroups))
+        }
+        _ => Err(Error::Value {
+            arg,
+            got: format!("shape {}", tuple(tensor.shape())),
+            allowed: "(dim, dstate), (batch, dstate, seqlen) or (batch, ngroups, dstate, seqlen)"
+                .into(),
+        }),
     }
 }

@@ -18,6 +18,8 @@ mod _C {
     #[pymodule_export]
     use crate::ops::rmsnorm_gated::{rmsnorm_gated_backward, rmsnorm_gated_forward};
     #[pymodule_export]
+    use crate::ops::selective_scan::{selective_scan_backward, selective_scan_forward};
+    #[pymodule_export]
     use crate::ops::selective_state_update::selective_state_update;
     #[pymodule_export]
     use crate::ops::ssd::{ssd_backward, ssd_forward, ssd_varlen_forward};

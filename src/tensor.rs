@@ -290,6 +290,24 @@ impl<const N: usize> View<N> {
         }
     }
 
+    /// The same tensor with one more dimension, of size 1, before `axis`.
+    pub fn unsqueeze<const M: usize>(self, axis: usize) -> View<M> {
+        assert_eq!(M, N + 1);
+        let from = |dim: usize| if dim < axis { dim } else { dim - 1 };
+        let (shape, strides) = (self.shape, self.strides);
+        View {
+            ptr: self.ptr,
+            dtype: self.dtype,
+            shape: std::array::from_fn(|dim| if dim == axis { 1 } else { shape[from(dim)] }),
+            strides: std::array::from_fn(|dim| if dim == axis { 0 } else { strides[from(dim)] }),
+        }
+    }
+
+    /// Whether neighbours along `axis` are neighbours in memory.
+    pub fn is_dense(&self, axis: usize) -> bool {
+        self.strides[axis] == 1
+    }
+
     /// Whether all elements along `axis` are one and the same (an expanded dimension).
     pub fn is_expanded(&self, axis: usize) -> bool {
         self.strides[axis] == 0

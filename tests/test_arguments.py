@@ -19,6 +19,20 @@ def ssd(**changes):
     return lambda: oxiscan.mamba_chunk_scan_combined(**tensors | options | changes)
 
 
+def scan(**changes):
+    tensors = inputs.selective_scan(seqlen=6, **F32)
+    return lambda: oxiscan.selective_scan_fn(**tensors | changes)
+
+
+def packed_scan(**changes):
+    tensors = inputs.selective_scan(batch=1, seqlen=6, lengths=(2, 4), **F32)
+    return lambda: oxiscan.selective_scan_fn(**tensors | changes)
+
+
+def inner(given="", **changes):
+    return lambda: oxiscan.mamba_inner_fn(**inputs.mamba_inner(seqlen=6, given=given, **F32) | changes)
+
+
 def conv(**changes):
     return lambda: oxiscan.causal_conv1d_fn(**inputs.conv(seqlen=6, dim=5, **F32) | changes)
 
@@ -125,6 +139,64 @@ ERRORS = [
     (ssd(x=torch.ones(2, 6, 4, 8, dtype=torch.int32)), TypeError, "x: got int32; allowed: float32, float64"),
     (ssd(x=torch.ones(2, 6, 4, 8, dtype=torch.complex64)), TypeError, "x: got torch.complex64"),
     (ssd(B=torch.ones(2, 6, 2, 12, device="meta")), ValueError, "B: got a tensor on meta; allowed: the device of x"),
+    (scan(u=[1.0]), TypeError, "u: got list; allowed: torch.Tensor"),
+    (scan(u=torch.ones(2, 20)), ValueError, r"u: got shape \(2, 20\); allowed: 3 dimensions \(batch, dim, seqlen\)"),
+    (scan(u=torch.ones(2, 0, 6)), ValueError, "u: got dim = 0; allowed: dim >= 1"),
+    (scan(delta=torch.ones(2, 20, 5)), ValueError, r"delta: got shape \(2, 20, 5\); allowed: \(batch, dim, seqlen\)"),
+    (scan(delta=torch.ones(2, 20, 6).half()), TypeError, "delta: got float16; allowed: float32"),
+    (scan(A=torch.ones(20, 7, dtype=torch.complex64)), TypeError, "A: got torch.complex64; allowed: float32"),
+    (scan(A=torch.ones(20)), ValueError, r"A: got shape \(20,\); allowed: 2 dimensions \(dim, dstate\)"),
+    (scan(A=torch.ones(20, 0)), ValueError, "A: got dstate = 0; allowed: dstate >= 1"),
+    (scan(B=torch.ones(7)), ValueError, r"B: got shape \(7,\); allowed: \(dim, dstate\), \(batch, dstate, seqlen\) or"),
+    (scan(B=torch.ones(20, 6)), ValueError, r"B: got shape \(20, 6\); allowed: \(dim, dstate\) = \(20, 7\)"),
+    (scan(B=torch.ones(2, 7, 5), C=torch.ones(2, 7, 6)), ValueError, r"B: got shape \(2, 7, 5\); allowed: \(batch, ds"),
+    (scan(B=torch.ones(2, 3, 7, 6)), ValueError, "B: got ngroups = 3; allowed: a divisor of dim = 20"),
+    (scan(B=torch.ones(2, 0, 7, 6)), ValueError, "B: got ngroups = 0; allowed: ngroups >= 1"),
+    (scan(B=torch.ones(2, 2, 7, 6).half()), TypeError, "B: got float16; allowed: float32"),
+    (scan(C=torch.ones(2, 4, 7, 6)), ValueError, "C: got ngroups = 4; allowed: B's ngroups = 2"),
+    (scan(C=torch.ones(2, 2, 7, 5)), ValueError, r"C: got shape \(2, 2, 7, 5\); allowed: \(batch, ngroups, dstate"),
+    (scan(C=None), TypeError, "C: got NoneType; allowed: torch.Tensor"),
+    (scan(D=torch.ones(20, 1)), ValueError, r"D: got shape \(20, 1\); allowed: \(dim\) = \(20,\)"),
+    (scan(z=torch.ones(2, 20, 7)), ValueError, "z: got shape"),
+    (scan(z=torch.ones(2, 20, 6).half()), TypeError, "z: got float16; allowed: float32"),
+    (scan(delta_bias=torch.ones(19)), ValueError, r"delta_bias: got shape \(19,\); allowed: \(dim\) ="),
+    (scan(initial_state=torch.ones(1, 20, 7)), ValueError, r"initial_state: got shape \(1, 20, 7\); allowed: \(batch"),
+    (scan(seq_idx=torch.zeros(2, 6, dtype=torch.int64)), TypeError, "seq_idx: got int64; allowed: int32"),
+    (scan(seq_idx=torch.zeros(2, 5, dtype=torch.int32)), ValueError, "seq_idx: got shape"),
+    (scan(cu_seqlens=torch.tensor([0, 6])), ValueError, "cu_seqlens: got cu_seqlens with a batch of 2; allowed: batch"),
+    (scan(return_varlen_states=True), ValueError, "return_varlen_states: got True without cu_seqlens"),
+    (packed_scan(cu_seqlens=torch.tensor([0])), ValueError, r"cu_seqlens: got shape \(1,\); allowed: \(ndocs \+ 1,\)"),
+    (packed_scan(cu_seqlens=torch.tensor([0.0, 1.0])), TypeError, "cu_seqlens: got float32; allowed: int32 or int64"),
+    (packed_scan(cu_seqlens=torch.tensor([1, 2, 6])), ValueError, r"cu_seqlens: got \[1, 2, 6\]; allowed: values from"),
+    (packed_scan(cu_seqlens=torch.tensor([0, 4, 2])), ValueError, r"cu_seqlens: got \[0, 4, 2\]; allowed: values from"),
+    (packed_scan(cu_seqlens=torch.tensor([0, 4, 7])), ValueError, r"cu_seqlens: got \[0, 4, 7\]; .* at most seqlen ="),
+    (packed_scan(initial_state=torch.ones(3, 20, 7)), ValueError, r"initial_state: got .* allowed: \(ndocs, dim, dsta"),
+    (inner(xz=[1.0]), TypeError, "xz: got list; allowed: torch.Tensor"),
+    (inner(xz=torch.ones(2, 41, 6)), ValueError, "xz: got 41 channels; allowed: 2 dim, x and z"),
+    (inner(xz=torch.ones(2, 40, 6, dtype=torch.int32)), TypeError, "xz: got int32; allowed: float32"),
+    (inner(conv1d_weight=torch.ones(20, 2, 4)), ValueError, r"conv1d_weight: got shape \(20, 2, 4\); allowed: 2 dim"),
+    (inner(conv1d_weight=torch.ones(19, 4)), ValueError, r"conv1d_weight: got shape \(19, 4\); allowed: \(dim, width"),
+    (inner(conv1d_weight=torch.ones(20, 1, 9)), ValueError, "conv1d_weight: got width = 9; allowed: width from 2 to 8"),
+    (inner(conv1d_bias=torch.ones(19)), ValueError, r"conv1d_bias: got shape \(19,\); allowed: \(dim\) ="),
+    (inner(A=torch.ones(20, 6, dtype=torch.complex64)), TypeError, "A: got torch.complex64; allowed: float32"),
+    (inner(A=torch.ones(19, 6)), ValueError, r"A: got shape \(19, 6\); allowed: \(dim, dstate\) ="),
+    (inner(delta_proj_weight=torch.ones(19, 3)), ValueError, r"delta_proj_weight: got shape \(19, 3\); allowed: \(dim"),
+    (inner(x_proj_weight=torch.ones(16, 20)), ValueError, r"x_proj_weight: got .* \(delta_rank \+ dstate \+ dstate, d"),
+    (inner("B", x_proj_weight=torch.ones(15, 20)), ValueError, r"x_proj_weight: got .* \(delta_rank \+ dstate, dim\)"),
+    (inner(x_proj_weight=torch.ones(15, 20).int()), TypeError, "x_proj_weight: got int32; allowed: float32"),
+    (inner(out_proj_weight=torch.ones(5, 21)), ValueError, r"out_proj_weight: got shape \(5, 21\); allowed: \(out_fea"),
+    (inner(out_proj_bias=torch.ones(6)), ValueError, r"out_proj_bias: got shape \(6,\); allowed: \(out_features\) ="),
+    (inner("B", B_proj_bias=torch.ones(6)), ValueError, "B_proj_bias: got a tensor beside B; allowed: one of the two"),
+    (inner("C", C_proj_bias=torch.ones(6)), ValueError, "C_proj_bias: got a tensor beside C; allowed: one of the two"),
+    (inner(C_proj_bias=torch.ones(5)), ValueError, r"C_proj_bias: got shape \(5,\); allowed: \(dstate\) = \(6,\)"),
+    (inner("B", B=torch.ones(2, 6, 5)), ValueError, r"B: got shape \(2, 6, 5\); allowed: \(batch, dstate, seqlen\)"),
+    (inner("B", B=[1.0]), TypeError, "B: got list; allowed: torch.Tensor"),
+    (inner(b_rms_weight=torch.ones(5)), ValueError, r"b_rms_weight: got shape \(5,\); allowed: \(dstate\) ="),
+    (inner(c_rms_weight=torch.ones(6).half()), TypeError, "c_rms_weight: got float16; allowed: float32"),
+    (inner(dt_rms_weight=torch.ones(6)), ValueError, r"dt_rms_weight: got shape \(6,\); allowed: \(dim\) = \(20,\)"),
+    (inner(b_c_dt_rms_eps=-1.0), ValueError, "b_c_dt_rms_eps: got -1.0; allowed: b_c_dt_rms_eps >= 0"),
+    (inner(checkpoint_lvl=2), ValueError, "checkpoint_lvl: got 2; allowed: 0 or 1"),
+    (inner(delta_bias=torch.ones(19)), ValueError, "delta_bias: got shape"),
     (conv(x=torch.ones(2, 6)), ValueError, r"x: got shape \(2, 6\); allowed: 3 dimensions \(batch, dim, seqlen\)"),
     (conv(weight=torch.ones(5, 9)), ValueError, "weight: got width = 9; allowed: width from 2 to 8"),
     (conv(weight=torch.ones(5, 1)), ValueError, "weight: got width = 1; allowed"),

@@ -20,6 +20,16 @@ def ssd_case(device):
     return lambda **t: oxiscan.mamba_chunk_scan_combined(**t, chunk_size=8, dt_softplus=True), tensors
 
 
+def scan_case(device):
+    tensors = inputs.selective_scan(seqlen=20, dtype=torch.float64, device=device)
+    return lambda **t: oxiscan.selective_scan_fn(**t, delta_softplus=True), tensors
+
+
+def inner_case(device):
+    tensors = inputs.mamba_inner(seqlen=20, norm=True, dtype=torch.float64, device=device)
+    return oxiscan.mamba_inner_fn, tensors
+
+
 def passing_case(device):
     tensors = {
         "states": inputs.normal(2, 3, 2, 4, 5, dtype=torch.float64, device=device),
@@ -39,7 +49,7 @@ def split_case(device):
     return lambda **t: oxiscan.mamba_split_conv1d_scan_combined(**t, chunk_size=8, ngroups=2), tensors
 
 
-CASES = [conv_case, ssd_case, passing_case, norm_case, split_case]
+CASES = [conv_case, ssd_case, scan_case, inner_case, passing_case, norm_case, split_case]
 
 
 @pytest.fixture(params=CASES, ids=lambda case: case.__name__.removesuffix("_case"))

@@ -47,7 +47,7 @@ def packed(make, batch, seqlen, dtype, device, **sizes):
     """`batch` documents with a state each, and some tokens past them."""
     tensors = make(batch=1, seqlen=seqlen, dtype=dtype, device=device, **sizes)
     states = make(batch=batch, seqlen=1, dtype=dtype, device=device, **sizes)
-    tensors |= {name: states[name] for name in tensors if name in ("initial_states", "initial_conv_states")}
+    tensors |= {name: states[name] for name in tensors if name.startswith("initial_")}
     return tensors | {"cu_seqlens": inputs.cu_seqlens(*[seqlen // batch] * batch, device=device)}
 
 
@@ -97,6 +97,18 @@ CASES = {
         partial(packed, inputs.split_conv1d_scan),
         {"chunk_size": 8, "ngroups": 2, "return_varlen_states": True},
     ),
+    "mamba1": (oxiscan.selective_scan_fn, partial(inputs.selective_scan, optional=False), {}),
+    "mamba1_all": (
+        oxiscan.selective_scan_fn,
+        partial(inputs.selective_scan, fixed="B", seq_idx=True),
+        {"delta_softplus": True, "return_last_state": True},
+    ),
+    "mamba1_packed": (
+        oxiscan.selective_scan_fn,
+        partial(packed, inputs.selective_scan),
+        {"return_varlen_states": True},
+    ),
+    "mamba_inner": (oxiscan.mamba_inner_fn, partial(inputs.mamba_inner, norm=True), {}),
     "passing": (oxiscan.state_passing, partial(passing, optional=False), {}),
     "passing_all": (oxiscan.state_passing, passing, {}),
     "norm": (oxiscan.rmsnorm_gated, partial(norm, optional=False), {}),
@@ -294,7 +306,7 @@ def test_selective_checkpoint(policy, device):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("case", ["conv_all", "scan_all", "split", "passing_all", "norm_all"])
+@pytest.mark.parametrize("case", ["conv_all", "scan_all", "split", "mamba1_all", "passing_all", "norm_all"])
 def test_autocast_casts_nothing(case, compiled, device):
     op, make, options = CASES[case]
     tensors = make(batch=2, seqlen=9, dtype=torch.float32, device=device)

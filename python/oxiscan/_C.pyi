@@ -11,6 +11,8 @@ __all__ = [
     "causal_conv1d_varlen_states",
     "rmsnorm_gated_backward",
     "rmsnorm_gated_forward",
+    "selective_scan_backward",
+    "selective_scan_forward",
     "selective_state_update",
     "ssd_backward",
     "ssd_forward",
@@ -27,6 +29,20 @@ _ConvTensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None
 _NormTensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 # eps, group_size, norm_before_gate
 _NormOptions = tuple[float, int | None, bool]
+# u, delta, A, B, C; D, z, delta_bias, initial_state, seq_idx, cu_seqlens
+_ScanTensors = tuple[
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+    Tensor | None,
+]
 # x, dt, A, B, C; D, z, dt_bias, initial_states
 _SsdTensors = tuple[
     Tensor,
@@ -84,6 +100,29 @@ def rmsnorm_gated_backward(
     dweight: Tensor,
     dbias: Tensor | None,
     dz: Tensor | None,
+) -> None: ...
+def selective_scan_forward(
+    tensors: _ScanTensors,
+    delta_softplus: bool,
+    out: Tensor,
+    last_state: Tensor | None,
+    varlen_states: Tensor | None,
+) -> None: ...
+def selective_scan_backward(
+    tensors: _ScanTensors,
+    delta_softplus: bool,
+    dout: Tensor | None,
+    dlast_state: Tensor | None,
+    dvarlen_states: Tensor | None,
+    du: Tensor,
+    ddelta: Tensor,
+    dA: Tensor,
+    dB: Tensor,
+    dC: Tensor,
+    dD: Tensor | None,
+    dz: Tensor | None,
+    ddelta_bias: Tensor | None,
+    dinitial_state: Tensor | None,
 ) -> None: ...
 def selective_state_update(
     state: Tensor,

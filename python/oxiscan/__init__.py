@@ -1,4 +1,5 @@
-"""Kernels of state-space models for PyTorch: causal conv1d, Mamba-2's chunk scan, gated RMSNorm, decode steps.
+"""Kernels of state-space models for PyTorch: causal conv1d, Mamba-1's selective scan, Mamba-2's chunk scan, gated
+RMSNorm, decode steps.
 
 The ops take the arguments of mamba_ssm's and causal_conv1d's functions of the same names. `oxiscan.reference` has each
 of them in plain torch, `oxiscan.megatron` plugs them into Megatron-LM's hybrid models.
@@ -13,8 +14,10 @@ from .ops import (
     causal_conv1d_varlen_states,
     mamba_chunk_scan_combined,
     mamba_chunk_scan_combined_varlen,
+    mamba_inner_fn,
     mamba_split_conv1d_scan_combined,
     rmsnorm_gated,
+    selective_scan_fn,
     selective_state_update,
     state_passing,
 )
@@ -28,10 +31,12 @@ __all__ = [
     "causal_conv1d_varlen_states",
     "mamba_chunk_scan_combined",
     "mamba_chunk_scan_combined_varlen",
+    "mamba_inner_fn",
     "mamba_split_conv1d_scan_combined",
     "ops",
     "reference",
     "rmsnorm_gated",
+    "selective_scan_fn",
     "selective_state_update",
     "state_passing",
 ]

@@ -46,6 +46,12 @@ def ndocs(cu_seqlens: Tensor | None, batch: int) -> int:
     return max(size - 1, 0)
 
 
+def check_varlen_states(return_varlen_states: bool, cu_seqlens: Tensor | None) -> None:
+    """Refuse to return states of documents when there are none."""
+    if return_varlen_states and cu_seqlens is None:
+        raise ValueError("return_varlen_states: got True without cu_seqlens; allowed: both, or neither")
+
+
 def acc_dtype(x: Tensor) -> torch.dtype:
     """The dtype of sums and states: float64 for float64, float32 for everything narrower."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -96,6 +102,5 @@ def varlen_states_dtype(
     """The dtype of varlen states, None where they are not asked for."""
     if not return_varlen_states:
         return None
-    if cu_seqlens is None:
-        raise ValueError("return_varlen_states: got True without cu_seqlens; allowed: both, or neither")
+    check_varlen_states(return_varlen_states, cu_seqlens)
     return state_dtype or default

@@ -89,7 +89,7 @@ pub fn forward<T: Real>(inputs: &NormInputs, out: &Rows) {
         let mut row = Row::<T>::new(inputs);
         let mut result = vec![T::zero(); inputs.dims.dim];
         simd!({
-            for index in rows {
+            for index in rows.clone() {
                 row.normalize(inputs, index);
                 row.affine(&mut result);
                 if inputs.z.is_some() && inputs.norm_before_gate {

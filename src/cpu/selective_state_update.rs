@@ -25,7 +25,7 @@ pub fn update<T: Real>(inputs: &StateUpdateInputs, slots: &Slots) {
         let (bh, begin) = (index / blocks, index % blocks * ROWS);
         let rows = begin..dims.dim.min(begin + ROWS);
         let (b, h) = (bh / dims.nheads(), bh % dims.nheads());
-        simd!(update_rows::<T>(inputs, slots.get(b), b, h, rows));
+        simd!(update_rows::<T>(inputs, slots.get(b), b, h, rows.clone()));
     });
 }
 

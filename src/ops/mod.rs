@@ -3,6 +3,7 @@
 pub mod causal_conv1d;
 pub mod causal_conv1d_update;
 pub mod rmsnorm_gated;
+pub mod selective_scan;
 pub mod selective_state_update;
 pub mod ssd;
 pub mod state_passing;

@@ -162,6 +162,46 @@ selective_state_update = _register(
     "Tensor(out!) out",
 )
 
+_SCAN = (
+    "Tensor u",
+    "Tensor delta",
+    "Tensor A",
+    "Tensor B",
+    "Tensor C",
+    "Tensor? D",
+    "Tensor? z",
+    "Tensor? delta_bias",
+    "Tensor? initial_state",
+    "Tensor? seq_idx",
+    "Tensor? cu_seqlens",
+)
+
+selective_scan_forward = _register(
+    _C.selective_scan_forward,
+    _SCAN,
+    "bool delta_softplus",
+    "Tensor(out!) out",
+    "Tensor(last_state!)? last_state",
+    "Tensor(varlen_states!)? varlen_states",
+)
+selective_scan_backward = _register(
+    _C.selective_scan_backward,
+    _SCAN,
+    "bool delta_softplus",
+    "Tensor? dout",
+    "Tensor? dlast_state",
+    "Tensor? dvarlen_states",
+    "Tensor(du!) du",
+    "Tensor(ddelta!) ddelta",
+    "Tensor(dA!) dA",
+    "Tensor(dB!) dB",
+    "Tensor(dC!) dC",
+    "Tensor(dD!)? dD",
+    "Tensor(dz!)? dz",
+    "Tensor(ddelta_bias!)? ddelta_bias",
+    "Tensor(dinitial_state!)? dinitial_state",
+)
+
 _SSD = (
     "Tensor x",
     "Tensor dt",

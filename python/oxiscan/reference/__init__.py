@@ -6,7 +6,9 @@ Nothing here is fast. It is what the tests compare with, in float64. Functions t
 
 from .causal_conv1d import causal_conv1d_fn
 from .causal_conv1d_update import causal_conv1d_update, causal_conv1d_varlen_states
+from .mamba_inner import mamba_inner_fn
 from .rmsnorm_gated import RMSNormGated, rmsnorm_gated
+from .selective_scan import selective_scan_fn
 from .selective_state_update import selective_state_update
 from .ssd import mamba_chunk_scan_combined, mamba_chunk_scan_combined_varlen, mamba_split_conv1d_scan_combined
 from .state_passing import state_passing
@@ -18,8 +20,10 @@ __all__ = [
     "causal_conv1d_varlen_states",
     "mamba_chunk_scan_combined",
     "mamba_chunk_scan_combined_varlen",
+    "mamba_inner_fn",
     "mamba_split_conv1d_scan_combined",
     "rmsnorm_gated",
+    "selective_scan_fn",
     "selective_state_update",
     "state_passing",
 ]

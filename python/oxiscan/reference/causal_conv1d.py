@@ -1,5 +1,7 @@
 """Causal depthwise convolution: out[t] = act(bias + sum_k weight[k] * x[t - (width - 1) + k])."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,7 +21,7 @@ def causal_conv1d_fn(
     final_states_out: Tensor | None = None,
     activation: str | None = None,
     cu_seqlens: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """See `oxiscan.ops.causal_conv1d_fn`."""
     batch, dim, seqlen = x.shape
     if cu_seqlens is not None:

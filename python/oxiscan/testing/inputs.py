@@ -268,3 +268,106 @@ def split_conv1d_scan(
     if seq_idx:
         tensors["seq_idx"] = documents(batch, seqlen, device=device, generator=generator)
     return tensors
+
+
+def selective_scan(
+    *,
+    batch: int = 2,
+    dim: int = 20,
+    seqlen: int = 97,
+    ngroups: int | None = 2,
+    dstate: int = 7,
+    dtype: torch.dtype,
+    device: torch.device,
+    parameters: torch.dtype | None = None,
+    fixed: str = "",
+    optional: bool = True,
+    seq_idx: bool = False,
+    lengths: tuple[int, ...] | None = None,
+    decay: float = 1.0,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Arguments of selective_scan_fn.
+
+    Args:
+        ngroups: of B and C; None for (batch, dstate, seqlen).
+        parameters: the dtype of delta, A, D, delta_bias, initial_state, and of B and C where fixed.
+        fixed: "B", "C" or "BC": those that are the same for all tokens.
+        lengths: of the documents, for cu_seqlens.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    like: dict[str, Any] = {"dtype": dtype, "device": device, "generator": generator}
+    parameter = like | {"dtype": parameters or dtype}
+    varying = (batch, dstate, seqlen) if ngroups is None else (batch, ngroups, dstate, seqlen)
+    tensors = {
+        "u": normal(batch, dim, seqlen, **like),
+        "delta": normal(batch, dim, seqlen, **parameter),
+        "A": -(normal(dim, dstate, **parameter).abs() + 0.2) * decay,
+    }
+    for name in ("B", "C"):
+        tensors[name] = normal(dim, dstate, **parameter) if name in fixed else normal(*varying, **like)
+    if optional:
+        tensors["D"] = normal(dim, **parameter)
+        tensors["z"] = normal(batch, dim, seqlen, **like)
+        tensors["delta_bias"] = normal(dim, **parameter)
+        rows = batch if lengths is None else len(lengths)
+        tensors["initial_state"] = normal(rows, dim, dstate, **parameter)
+    if seq_idx:
+        tensors["seq_idx"] = documents(batch, seqlen, device=device, generator=generator)
+    if lengths is not None:
+        tensors["cu_seqlens"] = cu_seqlens(*lengths, device=device)
+    return tensors
+
+
+def mamba_inner(
+    *,
+    batch: int = 2,
+    dim: int = 20,
+    seqlen: int = 75,
+    dstate: int = 6,
+    delta_rank: int = 3,
+    width: int = 4,
+    dtype: torch.dtype,
+    device: torch.device,
+    parameters: torch.dtype | None = None,
+    given: str = "",
+    optional: bool = True,
+    norm: bool = False,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Arguments of mamba_inner_fn.
+
+    Args:
+        parameters: the dtype of all but xz, and B and C where given.
+        given: "B", "C" or "BC": those that are not projected from x, (batch, ngroups, dstate, seqlen); with two groups
+            if there are both, as projected ones have one.
+        optional: with biases and D.
+        norm: with the three RMS norms.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    like: dict[str, Any] = {"dtype": dtype, "device": device, "generator": generator}
+    parameter = like | {"dtype": parameters or dtype}
+    nfeatures = delta_rank + dstate * (2 - len(given))
+    tensors = {
+        "xz": normal(batch, 2 * dim, seqlen, **like),
+        "conv1d_weight": normal(dim, 1, width, scale=0.5, **parameter),
+        "x_proj_weight": normal(nfeatures, dim, scale=dim**-0.5, **parameter),
+        "delta_proj_weight": normal(dim, delta_rank, scale=delta_rank**-0.5, **parameter),
+        "out_proj_weight": normal(5, dim, scale=dim**-0.5, **parameter),
+        "A": -(normal(dim, dstate, **parameter).abs() + 0.2),
+    }
+    for name in given:
+        tensors[name] = normal(batch, len(given), dstate, seqlen, **like)
+    if optional:
+        tensors["conv1d_bias"] = normal(dim, **parameter)
+        tensors["out_proj_bias"] = normal(5, **parameter)
+        tensors["D"] = normal(dim, **parameter)
+        tensors["delta_bias"] = normal(dim, **parameter)
+        for name in "BC":
+            if name not in given:
+                tensors[f"{name}_proj_bias"] = normal(dstate, **parameter)
+    if norm:
+        tensors["b_rms_weight"] = normal(dstate, **parameter)
+        tensors["c_rms_weight"] = normal(dstate, **parameter)
+        tensors["dt_rms_weight"] = normal(dim, **parameter)
+    return tensors
