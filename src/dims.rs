@@ -304,13 +304,16 @@ impl StatePassingDims {
     }
 }
 
+/// The widest convolution.
+pub const MAX_WIDTH: usize = 8;
+
 fn conv_width(weight: &TensorArg) -> Result<usize> {
     let [_, width] = weight.view("weight", ["dim", "width"])?.shape;
-    if !(2..=8).contains(&width) {
+    if !(2..=MAX_WIDTH).contains(&width) {
         return Err(Error::Value {
             arg: "weight",
             got: format!("width = {width}"),
-            allowed: "width from 2 to 8".into(),
+            allowed: format!("width from 2 to {MAX_WIDTH}"),
         });
     }
     Ok(width)

@@ -74,7 +74,11 @@ def test_strided_inputs_and_gradients(device):
     dense = run(oxiscan.causal_conv1d_fn, tensors, OPTIONS, gradients)
     views = {name: inputs.strided(tensor) for name, tensor in tensors.items()}
     view = run(oxiscan.causal_conv1d_fn, views, OPTIONS, [inputs.strided(g) for g in gradients])
-    assert all(torch.equal(dense[name], view[name]) for name in dense)
+    for name, value in dense.items():
+        if name in ("dweight", "dbias"):  # sums over tokens, which go along lines of tokens in one layout only
+            assert_close(name, view[name], value, 1e-14)
+        else:
+            assert torch.equal(view[name], value), name
 
 
 def test_expanded_gradient(device):

@@ -3,15 +3,16 @@
 //! The *sources* of a tile are the width - 1 inputs before it and its own: before a run's first token lie its initial
 //! state or zeros. A token with a negative id gives 0.
 //!
-//! A task takes tiles of tokens and a block of channels, each as a matrix of rows (tokens) of channels whatever the
-//! layout of x. Backward's tiles own their tokens as sources (a run's first tile also the initial state) and recompute
-//! dpre for the width - 1 tokens after them; dweight and dbias are one partial a task, added in order.
+//! A task takes tiles of tokens and a block of channels: channel by channel, a line of tokens each, where tokens are
+//! neighbours in x's memory, else as a matrix of rows (tokens) of channels. Backward's tiles own their tokens as sources
+//! (a run's first tile also the initial state) and recompute dpre for the width - 1 tokens after them; dweight and dbias
+//! are one partial a task, added in order.
 
 use rayon::prelude::*;
 
 use crate::cpu::documents::{Documents, Entry, Tile, Tiles};
-use crate::cpu::real::Real;
-use crate::dims::ConvDims;
+use crate::cpu::real::{Real, dot, sum};
+use crate::dims::{ConvDims, MAX_WIDTH};
 use crate::error::Result;
 use crate::ops::causal_conv1d::{ConvGradients, ConvInputs};
 use crate::tensor::View;
@@ -67,6 +68,33 @@ impl<'a, T: Real> Filter<'a, T> {
         x(tile.begin, tile.len + ahead, present);
     }
 
+    /// The sources of one channel of a tile and of the `ahead` tokens after it.
+    #[inline(always)]
+    fn load_line(&self, tile: &Tile, channel: usize, ahead: usize, sources: &mut Vec<T>) {
+        let history = self.width - 1;
+        let x = &self.inputs.x;
+        sources.clear();
+        sources.resize(history + tile.len + ahead, T::zero());
+        let (past, present) = sources.split_at_mut(history);
+        match (tile.entry, &self.inputs.initial_states) {
+            (Entry::Carried, _) => x.load_line([tile.b, channel, tile.begin - history], 2, past),
+            (Entry::Initial(row), Some(initial)) => initial.load_line([row, channel, 0], 2, past),
+            _ => {}
+        }
+        x.load_line([tile.b, channel, tile.begin], 2, present);
+    }
+
+    /// pre of a line of tokens of channel `c` of the block, in the order of additions of `convolve`.
+    #[inline(always)]
+    fn convolve_line(&self, c: usize, sources: &[T], pre: &mut [T]) {
+        pre.fill(self.bias[c]);
+        for (k, weight) in self.weight.iter().skip(c).step_by(self.nchannels).enumerate() {
+            for (pre, &source) in pre.iter_mut().zip(&sources[k..]) {
+                *pre += *weight * source;
+            }
+        }
+    }
+
     /// pre of the token whose first source is row `row` of `sources`.
     #[inline(always)]
     fn convolve(&self, sources: &[T], row: usize, pre: &mut [T]) {
@@ -118,7 +146,14 @@ pub fn forward<T: Real>(
     (0..tiles.tiles.len() * channel_blocks).into_par_iter().for_each(|index| {
         let (tile, channel) =
             (&tiles.tiles[index / channel_blocks], index % channel_blocks * CHANNELS);
-        simd!(forward_tile::<T>(&Filter::new(inputs, channel), tile, out, final_states));
+        simd!({
+            let filter = Filter::<T>::new(inputs, channel);
+            if inputs.x.is_dense(2) {
+                forward_lines(&filter, tile, out, final_states);
+            } else {
+                forward_rows(&filter, tile, out, final_states);
+            }
+        });
     });
     if let Some(final_states) = final_states {
         for &(document, entry) in documents.empty() {
@@ -133,7 +168,29 @@ pub fn forward<T: Real>(
 }
 
 #[inline(always)]
-fn forward_tile<T: Real>(
+fn forward_lines<T: Real>(
+    filter: &Filter<'_, T>,
+    tile: &Tile,
+    out: &View<3>,
+    final_states: Option<&View<3>>,
+) {
+    let (mut sources, mut pre) = (Vec::new(), vec![T::zero(); tile.len]);
+    for c in 0..filter.nchannels {
+        let channel = filter.channel + c;
+        filter.load_line(tile, channel, 0, &mut sources);
+        if !tile.negative_id {
+            filter.convolve_line(c, &sources, &mut pre);
+            filter.activate(&mut pre);
+        }
+        out.store_line([tile.b, channel, tile.begin], 2, &pre);
+        if let (Some(final_states), Some(document)) = (final_states, tile.ends) {
+            final_states.store_line([document, channel, 0], 2, &sources[tile.len..]);
+        }
+    }
+}
+
+#[inline(always)]
+fn forward_rows<T: Real>(
     filter: &Filter<'_, T>,
     tile: &Tile,
     out: &View<3>,
@@ -172,7 +229,12 @@ pub fn backward<T: Real>(inputs: &ConvInputs, gradients: &ConvGradients) -> Resu
             let filter = Filter::new(inputs, channel);
             let mut buffers = Buffers::default();
             for tile in group.clone() {
-                backward_tile(&filter, &tiles, tile, gradients, &mut buffers, partial);
+                let reach = Reach::new(&tiles, tile, width - 1);
+                if inputs.x.is_dense(2) {
+                    backward_lines(&filter, &reach, gradients, &mut buffers, partial);
+                } else {
+                    backward_rows(&filter, &reach, gradients, &mut buffers, partial);
+                }
             }
         });
     });
@@ -210,23 +272,89 @@ struct Buffers<T> {
     pre: Vec<T>,
 }
 
+/// A tile and the tokens that reach its sources.
+struct Reach<'a> {
+    tile: &'a Tile,
+    /// How many tokens after the tile reach its sources.
+    ahead: usize,
+    /// The document that ends with the last of those tokens.
+    ends: Option<usize>,
+}
+
+impl<'a> Reach<'a> {
+    fn new(tiles: &'a Tiles, index: usize, history: usize) -> Self {
+        let tile = &tiles.tiles[index];
+        let next = tile.goes_on.then(|| &tiles.tiles[index + 1]);
+        let ahead = next.map_or(0, |next| next.len.min(history));
+        let ends = next.map_or(tile.ends, |next| next.ends.filter(|_| next.len == ahead));
+        Reach { tile, ahead, ends }
+    }
+}
+
 #[inline(always)]
-fn backward_tile<T: Real>(
+fn backward_lines<T: Real>(
     filter: &Filter<'_, T>,
-    tiles: &Tiles,
-    index: usize,
+    reach: &Reach,
     gradients: &ConvGradients,
     buffers: &mut Buffers<T>,
     partial: &mut [T],
 ) {
-    let tile = &tiles.tiles[index];
+    let Reach { tile, ahead, ends } = *reach;
+    let (width, history, tokens) = (filter.width, filter.width - 1, tile.len + ahead);
+    let Buffers { sources, dsources, dpre, pre } = buffers;
+    pre.resize(tokens, T::zero());
+    for c in 0..filter.nchannels {
+        let channel = filter.channel + c;
+        filter.load_line(tile, channel, ahead, sources);
+        dsources.clear();
+        dsources.resize(sources.len(), T::zero());
+        if let (Some(dout), false) = (&gradients.dout, tile.negative_id) {
+            dpre.resize(tokens, T::zero());
+            dout.load_line([tile.b, channel, tile.begin], 2, dpre);
+            if filter.inputs.silu {
+                filter.convolve_line(c, sources, pre);
+                for (dpre, pre) in dpre.iter_mut().zip(pre.iter()) {
+                    *dpre *= pre.silu_grad();
+                }
+            }
+            let own = &dpre[..tile.len];
+            // The last tap first: additions to a source then go from earlier tokens to later ones, as by rows.
+            for k in (0..width).rev() {
+                let weight = filter.weight[k * filter.nchannels + c];
+                for (dsource, &dpre) in dsources[k..].iter_mut().zip(dpre.iter()) {
+                    *dsource += dpre * weight;
+                }
+                partial[k * CHANNELS + c] += dot(own, &sources[k..][..tile.len]);
+            }
+            partial[width * CHANNELS + c] += T::from_f64(sum(own));
+        }
+        if let (Some(dfinal), Some(document)) = (&gradients.dfinal_states, ends) {
+            let mut gradient = [T::zero(); MAX_WIDTH];
+            let gradient = &mut gradient[..history];
+            dfinal.load_line([document, channel, 0], 2, gradient);
+            for (dsource, &gradient) in dsources[tokens..].iter_mut().zip(gradient.iter()) {
+                *dsource += gradient;
+            }
+        }
+        if let (Some(dinitial), Entry::Initial(row)) = (&gradients.dinitial_states, tile.entry) {
+            dinitial.store_line([row, channel, 0], 2, &dsources[..history]);
+        }
+        let own = &dsources[history..][..tile.len];
+        gradients.dx.store_line([tile.b, channel, tile.begin], 2, own);
+    }
+}
+
+#[inline(always)]
+fn backward_rows<T: Real>(
+    filter: &Filter<'_, T>,
+    reach: &Reach,
+    gradients: &ConvGradients,
+    buffers: &mut Buffers<T>,
+    partial: &mut [T],
+) {
+    let Reach { tile, ahead, ends } = *reach;
     let (channel, nchannels) = (filter.channel, filter.nchannels);
-    let history = filter.width - 1;
-    // Tokens after the tile that reach its sources, and the document whose end they bring into reach.
-    let next = tile.goes_on.then(|| &tiles.tiles[index + 1]);
-    let ahead = next.map_or(0, |next| next.len.min(history));
-    let ends = next.map_or(tile.ends, |next| next.ends.filter(|_| next.len == ahead));
-    let tokens = tile.len + ahead;
+    let (history, tokens) = (filter.width - 1, tile.len + ahead);
     let Buffers { sources, dsources, dpre, pre } = buffers;
     filter.load_sources(tile, ahead, sources);
     dsources.clear();
