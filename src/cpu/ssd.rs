@@ -34,7 +34,7 @@ use crate::cpu::real::{Real, dot, sum};
 use crate::dims::SsdDims;
 use crate::error::Result;
 use crate::ops::ssd::{Packing, SsdGradients, SsdInputs, SsdStates};
-use crate::tensor::View;
+use crate::tensor::{Along, View};
 
 /// Tokens a tile, in backward and at most. The caller's chunk_size changes rounding only, so it is not used.
 const TILE: usize = 64;
@@ -149,16 +149,20 @@ impl<'a, T: Real> Shared<'a, T> {
         decays
     }
 
-    /// Load the state before a tile that carries none; false if there is nothing.
-    fn load_entry(&self, entry: Entry, h: usize, state: &mut [T]) -> bool {
-        let SsdDims { headdim, dstate, .. } = self.dims;
+    /// Load the state before a tile that carries none, in `layout`; false if there is nothing.
+    fn load_entry(&self, entry: Entry, h: usize, layout: [Along; 2], state: &mut [T]) -> bool {
         match (entry, &self.inputs.initial_states) {
             (Entry::Initial(row), Some(initial)) => {
-                initial.load_tile([row, h, 0, 0], (2, headdim), (3, dstate), state);
+                initial.load_tile([row, h, 0, 0], layout[0], layout[1], state);
                 true
             }
             _ => false,
         }
+    }
+
+    /// A state as (headdim, dstate).
+    fn state(&self) -> [Along; 2] {
+        [(2, self.dims.headdim), (3, self.dims.dstate)]
     }
 }
 
@@ -246,21 +250,21 @@ fn scaled_rows<T: Real>(dst: &mut [T], src: &[T], cols: usize, factor: impl Fn(u
     }
 }
 
-/// y = u C H^T + M X + D X; H is left out where no state enters.
+/// y = u C H^T + M X + D X; H^T is left out where no state enters.
 fn scan_output<T: Real>(
     y: &mut [T],
     m: &[T],
     x: &[T],
     C: &[T],
-    H: Option<Mat<'_, T>>,
+    H_t: Option<Mat<'_, T>>,
     D: Option<&[T]>,
     decays: &Decays<T>,
 ) {
     let n = decays.l.len();
     let headdim = x.len() / n;
     let mut keep = T::zero();
-    if let Some(H) = H {
-        matmul(y, T::zero(), Mat::new(C, n, C.len() / n), H.t());
+    if let Some(H_t) = H_t {
+        matmul(y, T::zero(), Mat::new(C, n, C.len() / n), H_t);
         simd!(scale_rows(y, headdim, &decays.u));
         keep = T::one();
     }
@@ -293,7 +297,7 @@ pub fn forward<T: Real>(inputs: &SsdInputs, out: &View<4>, states: &SsdStates) -
     Ok(())
 }
 
-/// Walk the tiles of one head, the state in cache.
+/// Walk the tiles of one head, the state in cache: as (dstate, headdim) here, which no product has to transpose.
 fn forward_head<T: Real>(
     shared: &Shared<'_, T>,
     b: usize,
@@ -304,6 +308,7 @@ fn forward_head<T: Real>(
     let SsdDims { seqlen, headdim, dstate, .. } = shared.dims;
     let inputs = shared.inputs;
     let D = skip_weights(inputs, h);
+    let layout = [(3, dstate), (2, headdim)];
     let mut state = vec![T::zero(); headdim * dstate];
     let mut x = vec![T::zero(); FORWARD_TILE * headdim];
     let mut y = x.clone();
@@ -311,7 +316,7 @@ fn forward_head<T: Real>(
     let mut m = vec![T::zero(); FORWARD_TILE * FORWARD_TILE];
     let store = |states: Option<&View<4>>, row: usize, state: &[T]| {
         if let Some(states) = states {
-            states.store_tile([row, h, 0, 0], (2, headdim), (3, dstate), state);
+            states.store_tile([row, h, 0, 0], layout[0], layout[1], state);
         }
     };
     for tile in &shared.tiles.tiles[shared.tiles.of(b)] {
@@ -319,7 +324,8 @@ fn forward_head<T: Real>(
         let (n, at) = (tile.len, [b, tile.begin, h, 0]);
         let decays = simd!(shared.decays(tile, h));
         let (x, y) = (&mut x[..n * headdim], &mut y[..n * headdim]);
-        let enters = tile.entry == Entry::Carried || shared.load_entry(tile.entry, h, &mut state);
+        let enters =
+            tile.entry == Entry::Carried || shared.load_entry(tile.entry, h, layout, &mut state);
         simd!({
             inputs.x.load_tile(at, (1, n), (3, headdim), x);
             decay_matrix(decays.l, &mut m);
@@ -329,8 +335,8 @@ fn forward_head<T: Real>(
                 }
             }
         });
-        let H = enters.then(|| Mat::new(&state, headdim, dstate));
-        scan_output(y, &m, x, C, H, D.as_deref(), &decays);
+        let H_t = enters.then(|| Mat::new(&state, dstate, headdim));
+        scan_output(y, &m, x, C, H_t, D.as_deref(), &decays);
         simd!({
             if let Some(gate) = &inputs.z {
                 let z = &mut z[..n * headdim];
@@ -341,7 +347,9 @@ fn forward_head<T: Real>(
             }
             out.store_tile(at, (1, n), (3, headdim), y);
         });
-        carry_state(&mut state, enters, x, B, &decays);
+        simd!(scale_leaving(x, headdim, &decays));
+        let keep = if enters { decays.g } else { T::zero() };
+        matmul(&mut state, keep, Mat::new(B, n, dstate).t(), Mat::new(x, n, headdim));
         if let Some(document) = tile.ends {
             store(states.varlen_states.as_ref(), document, &state);
         }
@@ -351,7 +359,7 @@ fn forward_head<T: Real>(
     }
     // Without a token the state after the last one is the state before the first.
     let untouched = |states: Option<&View<4>>, row: usize, entry: Entry, state: &mut [T]| {
-        if !shared.load_entry(entry, h, state) {
+        if !shared.load_entry(entry, h, layout, state) {
             state.fill(T::zero());
         }
         store(states, row, state);
@@ -363,7 +371,7 @@ fn forward_head<T: Real>(
         for &(row, entry) in shared.documents.empty() {
             if entry == Entry::Carried {
                 let before = [row - 1, h, 0, 0];
-                varlen_states.load_tile(before, (2, headdim), (3, dstate), &mut state);
+                varlen_states.load_tile(before, layout[0], layout[1], &mut state);
                 store(Some(varlen_states), row, &state);
             } else {
                 untouched(Some(varlen_states), row, entry, &mut state);
@@ -372,20 +380,15 @@ fn forward_head<T: Real>(
     }
 }
 
-/// H = g H + X^T (dt w B), without the first term where no state enters; x is overwritten.
-fn carry_state<T: Real>(state: &mut [T], enters: bool, x: &mut [T], B: &[T], decays: &Decays<T>) {
-    let n = decays.l.len();
-    let (headdim, dstate) = (x.len() / n, B.len() / n);
-    simd!({
-        for (t, row) in x.chunks_exact_mut(headdim).enumerate() {
-            let factor = decays.dt[t] * decays.w[t];
-            for value in row {
-                *value *= factor;
-            }
+/// x *= dt w: what each token adds to the state that leaves, but for B.
+#[inline(always)]
+fn scale_leaving<T: Real>(x: &mut [T], headdim: usize, decays: &Decays<T>) {
+    for (row, (&dt, &w)) in x.chunks_exact_mut(headdim).zip(decays.dt.iter().zip(&decays.w)) {
+        let factor = dt * w;
+        for value in row {
+            *value *= factor;
         }
-    });
-    let keep = if enters { decays.g } else { T::zero() };
-    matmul(state, keep, Mat::new(x, n, headdim).t(), Mat::new(B, n, dstate));
+    }
 }
 
 /// dY = dout silu(z) of a tile; zero without dout.
@@ -572,11 +575,18 @@ fn walk_states<T: Real>(
     let boundaries = tiles.iter().filter(|tile| tile.goes_on).count();
     let [mut H, mut G] = std::array::from_fn(|_| Vec::with_capacity(boundaries * state_size));
     for tile in tiles.iter().filter(|tile| tile.goes_on) {
-        let enters = tile.entry == Entry::Carried || shared.load_entry(tile.entry, h, &mut state);
+        let enters = tile.entry == Entry::Carried
+            || shared.load_entry(tile.entry, h, shared.state(), &mut state);
         let decays = simd!(shared.decays(tile, h));
-        let x = &mut rows[..tile.len * headdim];
-        simd!(inputs.x.load_tile([b, tile.begin, h, 0], (1, tile.len), (3, headdim), x));
-        carry_state(&mut state, enters, x, shared.group(tile, group).0, &decays);
+        let n = tile.len;
+        let x = &mut rows[..n * headdim];
+        simd!({
+            inputs.x.load_tile([b, tile.begin, h, 0], (1, n), (3, headdim), x);
+            scale_leaving(x, headdim, &decays);
+        });
+        let B = Mat::new(shared.group(tile, group).0, n, dstate);
+        let keep = if enters { decays.g } else { T::zero() };
+        matmul(&mut state, keep, Mat::new(x, n, headdim).t(), B);
         H.extend_from_slice(&state);
     }
 
@@ -691,7 +701,7 @@ fn backward_tile<T: Real>(
         // The state that enters the tile, and the gradient of the one that leaves it; none where they are zero.
         let (H, G) = states.of(tile.b * nheads + h, tile, headdim * dstate);
         let initial = &mut scratch.initial[..];
-        let H = H.or(shared.load_entry(tile.entry, h, initial).then_some(initial));
+        let H = H.or(shared.load_entry(tile.entry, h, shared.state(), initial).then_some(initial));
         let exit = &mut scratch.exit[..];
         let G = G.or(load_exit(&shared.dims, gradients, tile, h, exit).then_some(exit));
         let (H_mat, G_mat) =
@@ -741,7 +751,7 @@ fn backward_tile<T: Real>(
                 }
             });
             let y = &mut *rows;
-            scan_output(y, dM, x, C, H_mat, D.as_deref(), &decays);
+            scan_output(y, dM, x, C, H_mat.map(Mat::t), D.as_deref(), &decays);
             simd!({
                 let dout = &mut *E;
                 match &gradients.dout {
