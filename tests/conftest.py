@@ -1,12 +1,27 @@
+import hypothesis
 import pytest
 import torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="the backend that the op tests run on")
+    parser.addoption("--examples", type=int, help="random examples for each property (default: 200, always the same)")
 
 
-@pytest.fixture
+def pytest_configure(config: pytest.Config) -> None:
+    examples = config.getoption("--examples")
+    hypothesis.settings.register_profile(
+        "oxiscan",
+        max_examples=examples or 200,
+        derandomize=examples is None,
+        print_blob=True,
+        database=None,
+        deadline=None,
+    )
+    hypothesis.settings.load_profile("oxiscan")
+
+
+@pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
     device = torch.device(request.config.getoption("--device"))
     if device.type == "cuda" and not torch.cuda.is_available():

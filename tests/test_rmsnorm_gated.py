@@ -8,19 +8,6 @@ from oxiscan import reference
 from oxiscan.testing import compare, inputs, run
 
 
-def norm_inputs(*shape, dtype, device, parameters=None, z=True, bias=True):
-    parameters = parameters or dtype
-    tensors = {
-        "x": inputs.normal(*shape, dtype=dtype, device=device),
-        "weight": inputs.normal(shape[-1], dtype=parameters, device=device),
-    }
-    if bias:
-        tensors["bias"] = inputs.normal(shape[-1], dtype=parameters, device=device)
-    if z:
-        tensors["z"] = inputs.normal(*shape, dtype=dtype, device=device)
-    return tensors
-
-
 def compare_norm(tensors, **options):
     return compare(oxiscan.rmsnorm_gated, reference.rmsnorm_gated, tensors, options)
 
@@ -30,24 +17,24 @@ def compare_norm(tensors, **options):
 @pytest.mark.parametrize("group_size", [None, 16])
 @pytest.mark.parametrize("z", [False, True])
 def test_every_dtype(dtype, norm_before_gate, group_size, z, device):
-    tensors = norm_inputs(3, 37, 48, z=z, dtype=dtype, device=device)
+    tensors = inputs.rmsnorm_gated(3, 37, 48, z=z, dtype=dtype, device=device)
     compare_norm(tensors, norm_before_gate=norm_before_gate, group_size=group_size)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_float32_parameters(dtype, device):
-    compare_norm(norm_inputs(50, 48, parameters=torch.float32, dtype=dtype, device=device), group_size=24)
+    compare_norm(inputs.rmsnorm_gated(50, 48, parameters=torch.float32, dtype=dtype, device=device), group_size=24)
 
 
 @pytest.mark.parametrize("shape", [(7,), (0, 5), (1, 1), (2, 3, 4, 33), (100, 65), (2, 65536)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_shapes(shape, bias, device):
-    compare_norm(norm_inputs(*shape, bias=bias, dtype=torch.float64, device=device), eps=1e-5)
+    compare_norm(inputs.rmsnorm_gated(*shape, bias=bias, dtype=torch.float64, device=device), eps=1e-5)
 
 
 @pytest.mark.parametrize("norm_before_gate", [False, True])
 def test_extreme_values(norm_before_gate, device):
-    tensors = norm_inputs(8, 32, dtype=torch.float32, device=device)
+    tensors = inputs.rmsnorm_gated(8, 32, dtype=torch.float32, device=device)
     tensors["x"][0] = 0.0
     tensors["x"][1] *= 1e15
     tensors["x"][2] *= 1e-15
@@ -57,7 +44,7 @@ def test_extreme_values(norm_before_gate, device):
 
 
 def test_strided_inputs_and_gradients(device):
-    tensors = norm_inputs(5, 6, 24, dtype=torch.float64, device=device)
+    tensors = inputs.rmsnorm_gated(5, 6, 24, dtype=torch.float64, device=device)
     gradient = torch.randn(5, 6, 24, dtype=torch.float64, device=device)
     dense = run(oxiscan.rmsnorm_gated, tensors, {}, [gradient])
     views = {name: inputs.strided(tensor) for name, tensor in tensors.items()}
@@ -66,7 +53,7 @@ def test_strided_inputs_and_gradients(device):
 
 
 def test_bits_do_not_depend_on_run_or_threads(device):
-    tensors = norm_inputs(200, 40, dtype=torch.float32, device=device)
+    tensors = inputs.rmsnorm_gated(200, 40, dtype=torch.float32, device=device)
     first = run(oxiscan.rmsnorm_gated, tensors, {})
     threads = torch.get_num_threads()
     try:
@@ -80,7 +67,7 @@ def test_bits_do_not_depend_on_run_or_threads(device):
 @pytest.mark.parametrize("op", [oxiscan.rmsnorm_gated, reference.rmsnorm_gated])
 @pytest.mark.parametrize("norm_before_gate", [False, True])
 def test_gradcheck(op, norm_before_gate, device):
-    tensors = norm_inputs(3, 6, dtype=torch.float64, device=device)
+    tensors = inputs.rmsnorm_gated(3, 6, dtype=torch.float64, device=device)
     leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
     torch.autograd.gradcheck(
         lambda *values: op(**dict(zip(leaves, values, strict=True)), group_size=3, norm_before_gate=norm_before_gate),
@@ -96,7 +83,7 @@ def test_module(norm_before_gate, device):
     assert list(module.state_dict()) == ["weight"]
     assert (module.weight == 1).all()
     torch.nn.init.normal_(module.weight)
-    tensors = norm_inputs(5, 24, bias=False, dtype=torch.float64, device=device)
+    tensors = inputs.rmsnorm_gated(5, 24, bias=False, dtype=torch.float64, device=device)
     expected = oxiscan.rmsnorm_gated(
         tensors["x"], module.weight, None, tensors["z"], 1e-3, 8, norm_before_gate=norm_before_gate
     )

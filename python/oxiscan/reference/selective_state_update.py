@@ -45,7 +45,7 @@ def selective_state_update(
 
     out = torch.zeros_like(x_acc)
     for b, slot in slots(state_batch_indices, batch):
-        new = parameter(state[slot])
+        new = parameter(state[slot].clone())
         for t in range(seqlen):
             xdt = x_acc[b, t] * dt[b, t]
             new = torch.exp(dt[b, t, :, :, None] * A) * new + xdt[:, :, None] * B[b, t, :, None, :]

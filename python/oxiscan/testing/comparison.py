@@ -3,7 +3,7 @@
 compare(oxiscan.rmsnorm_gated, oxiscan.reference.rmsnorm_gated, {"x": x, "weight": weight}, {"eps": 1e-5})
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -49,13 +49,13 @@ def run(
     op: Callable[..., Any],
     tensors: dict[str, Tensor],
     options: dict[str, Any],
-    output_gradients: list[Tensor] | None = None,
+    output_gradients: Sequence[Tensor | None] | None = None,
 ) -> dict[str, Tensor]:
     """Run `op(**tensors, **options)` forward and backward.
 
     Args:
         tensors: the tensor arguments. A gradient is taken for each floating one.
-        output_gradients: one for each output; `seeded_gradients` if left out.
+        output_gradients: one for each output, None for an output that is not used; `seeded_gradients` if left out.
 
     Returns:
         Outputs as "out0", "out1", ..., gradients as "d" + name.
@@ -68,7 +68,11 @@ def run(
     names = [k for k, t in leaves.items() if t.requires_grad]
     wanted = [leaves[k] for k in names]
     # An output that no argument reaches (a final state of no tokens) passes no gradient on.
-    reached = [pair for pair in zip(outputs, output_gradients, strict=True) if pair[0].requires_grad]
+    reached = [
+        (output, gradient)
+        for output, gradient in zip(outputs, output_gradients, strict=True)
+        if output.requires_grad and gradient is not None
+    ]
     gradients = torch.autograd.grad(
         [output for output, _ in reached],
         wanted,

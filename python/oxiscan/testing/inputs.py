@@ -19,14 +19,42 @@ def normal(
     return (torch.randn(*shape, dtype=torch.float64, generator=generator) * scale).to(dtype).to(device)
 
 
+#: How `laid_out` lays a tensor out: the order of its dimensions in memory, the step between elements, and which
+#: dimensions are part of a larger one.
+LAYOUTS: dict[str, tuple[str, int, str]] = {
+    "contiguous": ("own", 1, "none"),
+    "rows": ("own", 1, "first"),
+    "columns": ("own", 1, "last"),
+    "transposed": ("first two exchanged", 1, "none"),
+    "reversed": ("reversed", 1, "none"),
+    "stepped": ("own", 2, "all"),
+    "strided": ("reversed", 2, "all"),
+}
+
+
+def laid_out(tensor: Tensor, layout: str) -> Tensor:
+    """The same values in memory as `LAYOUTS` says, among NaNs (-2^30 for integers)."""
+    order, step, larger = LAYOUTS[layout]
+    dims = list(range(tensor.dim()))
+    margins = [3 if larger == "all" or (larger, dim) in (("first", 0), ("last", dims[-1])) else 0 for dim in dims]
+    if order == "reversed":
+        dims.reverse()
+    elif order == "first two exchanged":
+        dims[:2] = reversed(dims[:2])
+    unused = float("nan") if tensor.is_floating_point() else -(2**30)
+    buffer = torch.full(
+        [step * tensor.shape[dim] + margins[dim] for dim in dims], unused, dtype=tensor.dtype, device=tensor.device
+    )
+    begins = [min(margin, 1) for margin in margins]
+    ends = [begin + step * size for begin, size in zip(begins, tensor.shape, strict=True)]
+    # Either order of dimensions is its own inverse.
+    view = buffer.permute(*dims)[tuple(slice(begin, end, step) for begin, end in zip(begins, ends, strict=True))]
+    return view.copy_(tensor)
+
+
 def strided(tensor: Tensor) -> Tensor:
     """The same values with no dimension contiguous and dimensions in reverse order in memory."""
-    shape = [2 * size + 3 for size in reversed(tensor.shape)]
-    unused = float("nan") if tensor.is_floating_point() else -(2**30)
-    buffer = torch.full(shape, unused, dtype=tensor.dtype, device=tensor.device)
-    view = buffer.permute(*reversed(range(tensor.dim())))
-    view = view[tuple(slice(1, 2 * size + 1, 2) for size in tensor.shape)]
-    return view.copy_(tensor)
+    return laid_out(tensor, "strided")
 
 
 def documents(
@@ -35,11 +63,12 @@ def documents(
     *,
     device: torch.device,
     mean_length: int = 11,
+    lowest: int = 0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """seq_idx: documents that start anywhere, their ids neither growing nor unique."""
+    """seq_idx: documents that start anywhere, their ids neither growing nor unique, `lowest` among them."""
     starts = torch.rand(batch, seqlen, generator=generator) < 1 / mean_length
-    ids = starts.cumsum(1) * 5 % 3
+    ids = starts.cumsum(1) * 5 % 3 + lowest
     return ids.to(torch.int32).to(device)
 
 
@@ -267,6 +296,52 @@ def split_conv1d_scan(
         )
     if seq_idx:
         tensors["seq_idx"] = documents(batch, seqlen, device=device, generator=generator)
+    return tensors
+
+
+def rmsnorm_gated(
+    *shape: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    parameters: torch.dtype | None = None,
+    bias: bool = True,
+    z: bool = True,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Arguments of rmsnorm_gated, x of this shape."""
+    generator = torch.Generator().manual_seed(seed)
+    like: dict[str, Any] = {"dtype": dtype, "device": device, "generator": generator}
+    parameter = like | {"dtype": parameters or dtype}
+    tensors = {"x": normal(*shape, **like), "weight": normal(shape[-1], **parameter)}
+    if bias:
+        tensors["bias"] = normal(shape[-1], **parameter)
+    if z:
+        tensors["z"] = normal(*shape, **like)
+    return tensors
+
+
+def state_passing(
+    *,
+    batch: int = 2,
+    nchunks: int = 5,
+    nheads: int = 3,
+    headdim: int = 4,
+    dstate: int = 6,
+    dtype: torch.dtype,
+    device: torch.device,
+    initial: bool = True,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Arguments of state_passing."""
+    generator = torch.Generator().manual_seed(seed)
+    like: dict[str, Any] = {"dtype": dtype, "device": device, "generator": generator}
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    tensors = {
+        "states": normal(batch, nchunks, nheads, headdim, dstate, **like),
+        "decay": -normal(batch, nchunks, nheads, **like | {"dtype": acc}).abs(),
+    }
+    if initial:
+        tensors["initial_states"] = normal(batch, nheads, headdim, dstate, **like)
     return tensors
 
 

@@ -1,0 +1,78 @@
+"""The list of cases: calls of ops by name, the same in tests, benchmarks and results."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import inputs
+
+
+class Case(NamedTuple):
+    """A call of an op: arguments that `make` of `inputs` makes in these sizes, and the other options."""
+
+    name: str
+    #: Its name in `oxiscan` and `oxiscan.reference`.
+    op: str
+    make: Callable[..., dict[str, Tensor]]
+    sizes: dict[str, Any]
+    options: dict[str, Any]
+
+    def tensors(self, dtype: torch.dtype, device: torch.device, seed: int = 0, **sizes: Any) -> dict[str, Tensor]:
+        """The tensor arguments; `sizes` replace the case's own."""
+        return self.make(**self.sizes | sizes, dtype=dtype, device=device, seed=seed)
+
+
+def _norm(*, batch: int, seqlen: int, dim: int, **rest: Any) -> dict[str, Tensor]:
+    return inputs.rmsnorm_gated(batch, seqlen, dim, bias=False, **rest)
+
+
+def _mamba2(name: str, *, width: int = 4, **ssd: Any) -> list[Case]:
+    """A Mamba-2 mixer's ops in the sizes of its scan."""
+    chunk_size = ssd.pop("chunk_size")
+    dim = ssd["nheads"] * ssd["headdim"]
+    tokens = {"batch": ssd["batch"], "seqlen": ssd["seqlen"]}
+    conv = tokens | {"dim": dim + 2 * ssd["ngroups"] * ssd["dstate"], "width": width}
+    norm = {"group_size": dim // ssd["ngroups"]}
+    scan = {"chunk_size": chunk_size}
+    split = scan | {"ngroups": ssd["ngroups"]}
+    return [
+        Case(f"{name}/ssd", "mamba_chunk_scan_combined", inputs.ssd, ssd, scan | {"dt_softplus": True}),
+        Case(f"{name}/split", "mamba_split_conv1d_scan_combined", inputs.split_conv1d_scan, ssd, split),
+        Case(f"{name}/conv", "causal_conv1d_fn", inputs.conv, conv, {"activation": "silu"}),
+        Case(
+            f"{name}/conv_channel_last",
+            "causal_conv1d_fn",
+            inputs.conv,
+            conv | {"channel_last": True},
+            {"activation": "silu"},
+        ),
+        Case(f"{name}/norm", "rmsnorm_gated", _norm, tokens | {"dim": dim}, norm),
+    ]
+
+
+def _mamba1(name: str, **scan: Any) -> list[Case]:
+    sizes = {"ngroups": None} | scan
+    return [Case(f"{name}/selective_scan", "selective_scan_fn", inputs.selective_scan, sizes, {"delta_softplus": True})]
+
+
+_CASES = [
+    # Small ones, for tests against the reference.
+    *_mamba2("small", batch=2, seqlen=75, nheads=4, headdim=8, ngroups=2, dstate=12, chunk_size=32),
+    *_mamba1("small", batch=2, seqlen=75, dim=20, dstate=7),
+    # For the CPU backend's speed.
+    *_mamba2("cpu", batch=1, seqlen=2048, nheads=8, headdim=64, ngroups=1, dstate=64, chunk_size=64),
+    *_mamba1("cpu", batch=1, seqlen=2048, dim=512, dstate=16),
+    # arXiv 2406.07887's 8B hybrid: at tensor parallel 4 and micro-batch 4, on one GPU, in a long context. Mamba-2 2.7B.
+    *_mamba2("hybrid8b_tp4", batch=4, seqlen=4096, nheads=32, headdim=64, ngroups=2, dstate=128, chunk_size=128),
+    *_mamba2("hybrid8b_tp1", batch=1, seqlen=4096, nheads=128, headdim=64, ngroups=8, dstate=128, chunk_size=128),
+    *_mamba2("long128k", batch=1, seqlen=131072, nheads=32, headdim=64, ngroups=2, dstate=128, chunk_size=128),
+    *_mamba2("mamba2_2p7b", batch=8, seqlen=2048, nheads=80, headdim=64, ngroups=1, dstate=128, chunk_size=256),
+    # The paper's 8B Mamba at tensor parallel 4; Mamba 2.8B.
+    *_mamba1("mamba1_8b_tp4", batch=4, seqlen=4096, dim=2048, dstate=128),
+    *_mamba1("mamba1_2p8b", batch=8, seqlen=2048, dim=5120, dstate=16),
+]
+
+#: By name: "<model>/<what>".
+CASES: dict[str, Case] = {case.name: case for case in _CASES}
