@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import oxiscan
-from oxiscan.testing import CASES, assert_close, peak_memory, run
+from oxiscan.testing import CASES, assert_close, peak_memory, run, seeded_gradients
 
 Side = Callable[..., Tensor]
 CPU = torch.device("cpu")
@@ -69,12 +69,8 @@ def forward(side: Side, tensors: dict[str, Tensor]) -> Callable[[], Any]:
 def forward_backward(side: Side, tensors: dict[str, Tensor]) -> Callable[[], Any]:
     """Forward, and gradients of all arguments."""
     leaves = {k: t.detach().requires_grad_() for k, t in tensors.items()}
-
-    def call() -> Any:
-        out = side(**leaves)
-        return torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))
-
-    return call
+    (gradient,) = seeded_gradients([side(**tensors)])
+    return lambda: torch.autograd.grad(side(**leaves), list(leaves.values()), gradient)
 
 
 PASSES = {"forward": forward, "forward + backward": forward_backward}

@@ -185,6 +185,7 @@ def state_passing_forward(
 def state_passing_backward(
     states_before: Tensor,
     decay: Tensor,
+    initial_states: Tensor | None,
     dstates_before: Tensor | None,
     dfinal_states: Tensor | None,
     dstates: Tensor,

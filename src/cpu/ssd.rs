@@ -648,7 +648,7 @@ struct Scratch<T> {
     dCB: Vec<T>,
     dB: Vec<T>,
     dC: Vec<T>,
-    uDyH: Vec<T>,
+    dYH: Vec<T>,
     dD: Vec<T>,
     initial: Vec<T>,
     exit: Vec<T>,
@@ -659,10 +659,10 @@ impl<T: Real> Scratch<T> {
         let SsdDims { headdim, dstate, .. } = *dims;
         let [x, dy, z, rows, E] = std::array::from_fn(|_| vec![T::zero(); TILE * headdim]);
         let [P, dM, dCB] = std::array::from_fn(|_| vec![T::zero(); TILE * TILE]);
-        let [dB, dC, uDyH] = std::array::from_fn(|_| vec![T::zero(); TILE * dstate]);
+        let [dB, dC, dYH] = std::array::from_fn(|_| vec![T::zero(); TILE * dstate]);
         let dD = vec![T::zero(); headdim];
         let [initial, exit] = std::array::from_fn(|_| vec![T::zero(); headdim * dstate]);
-        Scratch { x, dy, z, rows, E, P, dM, dCB, dB, dC, uDyH, dD, initial, exit }
+        Scratch { x, dy, z, rows, E, P, dM, dCB, dB, dC, dYH, dD, initial, exit }
     }
 }
 
@@ -688,7 +688,7 @@ fn backward_tile<T: Real>(
             .map(|values| &mut values[..n * headdim]);
     let [P, dM, dCB] =
         [&mut scratch.P, &mut scratch.dM, &mut scratch.dCB].map(|values| &mut values[..n * n]);
-    let [dB, dC, uDyH] = [&mut scratch.dB, &mut scratch.dC, &mut scratch.uDyH]
+    let [dB, dC, dYH] = [&mut scratch.dB, &mut scratch.dC, &mut scratch.dYH]
         .map(|values| &mut values[..n * dstate]);
     let mut line = [T::zero(); TILE];
     dCB.fill(T::zero());
@@ -767,15 +767,15 @@ fn backward_tile<T: Real>(
 
         // dC, and r: what l gives through the entering state.
         if let Some(H_mat) = H_mat {
-            simd!(scaled_rows(rows, dy, headdim, |t| decays.u[t]));
-            matmul(uDyH, T::zero(), Mat::new(rows, n, headdim), H_mat);
+            matmul(dYH, T::zero(), Mat::new(dy, n, headdim), H_mat);
             simd!({
-                let tokens = uDyH.chunks_exact(dstate).zip(C.chunks_exact(dstate));
-                for (dl, (uDyH, C)) in dl.iter_mut().zip(tokens) {
-                    *dl += dot(uDyH, C).as_f64();
-                }
-                for (dC, &uDyH) in dC.iter_mut().zip(uDyH.iter()) {
-                    *dC += uDyH;
+                let rows = dYH.chunks_exact(dstate).zip(C.chunks_exact(dstate));
+                let rows = rows.zip(dC.chunks_exact_mut(dstate));
+                for ((dl, &u), ((dYH, C), dC)) in dl.iter_mut().zip(&decays.u).zip(rows) {
+                    *dl += (u * dot(dYH, C)).as_f64();
+                    for (dC, &dYH) in dC.iter_mut().zip(dYH) {
+                        *dC += u * dYH;
+                    }
                 }
             });
         }

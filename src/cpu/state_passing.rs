@@ -54,10 +54,12 @@ pub fn forward<T: Real>(
     });
 }
 
+/// `states_before` as forward stored it, `initial_states` for what it was before the first chunk, unrounded.
 pub fn backward<T: Real>(
     dims: &StatePassingDims,
     states_before: &View<5>,
     decay: &View<3>,
+    initial_states: Option<&View<4>>,
     gradients: &Gradients,
 ) {
     let (headdim, dstate) = (dims.headdim, dims.dstate);
@@ -71,7 +73,12 @@ pub fn backward<T: Real>(
             for c in (0..dims.nchunks).rev() {
                 let at = [b, c, h, 0, 0];
                 gradients.dstates.store_tile(at, (3, headdim), (4, dstate), &G);
-                states_before.load_tile(at, (3, headdim), (4, dstate), &mut other);
+                match initial_states {
+                    Some(initial) if c == 0 => {
+                        initial.load_tile([b, h, 0, 0], (2, headdim), (3, dstate), &mut other);
+                    }
+                    _ => states_before.load_tile(at, (3, headdim), (4, dstate), &mut other),
+                }
                 let factor = decay.get::<T>([b, c, h]).exp();
                 let product =
                     G.iter().zip(&other).fold(0.0, |sum, (&g, &h)| sum + (g * h).as_f64());

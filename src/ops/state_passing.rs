@@ -61,6 +61,7 @@ pub fn state_passing_backward(
     py: Python<'_>,
     states_before: TensorArg,
     decay: TensorArg,
+    initial_states: Option<TensorArg>,
     dstates_before: Option<TensorArg>,
     dfinal_states: Option<TensorArg>,
     dstates: TensorArg,
@@ -85,11 +86,18 @@ pub fn state_passing_backward(
             })?,
         };
         let decay = decay_view(&check, &decay, &dims)?;
+        let initial_states = optional(&initial_states, |initial| {
+            check.same_or_f32("initial_states", initial, dims.one_state())
+        })?;
         match check.backend {
             Backend::Cpu => cpu::pool::install(threads, || {
-                with_accumulator!(check.dtype, T => {
-                    cpu::state_passing::backward::<T>(&dims, &states_before, &decay, &gradients);
-                });
+                with_accumulator!(check.dtype, T => cpu::state_passing::backward::<T>(
+                    &dims,
+                    &states_before,
+                    &decay,
+                    initial_states.as_ref(),
+                    &gradients,
+                ));
             }),
         }
     })

@@ -269,6 +269,7 @@ state_passing_backward = _register(
     _C.state_passing_backward,
     "Tensor states_before",
     "Tensor decay",
+    "Tensor? initial_states",
     "Tensor? dstates_before",
     "Tensor? dfinal_states",
     "Tensor(dstates!) dstates",

@@ -30,7 +30,7 @@ class _StatePassing(torch.autograd.Function):
         dstates, ddecay = torch.empty_like(states_before), torch.empty_like(decay)
         dinitial_states = empty_like(initial_states)
         _kernels.state_passing_backward(
-            states_before, decay, dstates_before, dfinal_states, dstates, ddecay, dinitial_states
+            states_before, decay, initial_states, dstates_before, dfinal_states, dstates, ddecay, dinitial_states
         )
         return dstates, ddecay, dinitial_states
 
