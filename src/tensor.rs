@@ -1,5 +1,7 @@
 //! A torch tensor as this crate sees it (`TensorArg`), and checked access to its memory (`View`, `Rows`).
 
+use std::ops::Range;
+
 use half::{bf16, f16};
 
 use crate::cpu::real::{Element, Real};
@@ -223,6 +225,50 @@ impl TensorArg {
             stride: self.strides[last],
             outer: self.shape().iter().copied().zip(self.strides).take(last).collect(),
         })
+    }
+
+    /// The bytes from its first element to behind its last, and whether its elements fill them.
+    fn extent(&self) -> (Range<usize>, bool) {
+        let (mut first, mut last) = (0, 0);
+        for (&stride, &size) in self.strides.iter().zip(self.shape()) {
+            let reach = stride * (size as isize - 1).max(0);
+            (first, last) = (first + reach.min(0), last + reach.max(0));
+        }
+        let elements: usize = self.shape().iter().product();
+        let start = self.ptr as isize + first * self.dtype.size() as isize;
+        let span = if elements == 0 { 0 } else { (last - first + 1) as usize };
+        let start = start as usize;
+        (start..start + span * self.dtype.size(), span == elements)
+    }
+
+    /// Whether `other` is the same tensor, element by element.
+    pub fn is_same_memory(&self, other: &TensorArg) -> bool {
+        self.ptr == other.ptr && self.shape() == other.shape() && self.strides == other.strides
+    }
+
+    /// Fail if this tensor, which is written while `other` is used, shares memory with it: where either fills its memory
+    /// and the other reaches into that. Two that leave gaps, such as parts of one pool, are taken to be apart.
+    pub fn expect_apart(
+        &self,
+        arg: &'static str,
+        other_arg: &str,
+        other: &TensorArg,
+    ) -> Result<()> {
+        let (own, others) = (self.extent(), other.extent());
+        let reaches = |from: &(Range<usize>, bool), into: &(Range<usize>, bool)| {
+            let (from, (into, filled)) = (&from.0, into);
+            let ends =
+                !from.is_empty() && (into.contains(&from.start) || into.contains(&(from.end - 1)));
+            *filled && ends
+        };
+        if reaches(&own, &others) || reaches(&others, &own) {
+            return Err(Error::Value {
+                arg,
+                got: format!("memory that it shares with {other_arg}"),
+                allowed: "memory of its own, as it is written".into(),
+            });
+        }
+        Ok(())
     }
 
     /// Fail unless each stride steps over all that the smaller ones reach: then no two indices reach the same element,

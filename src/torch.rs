@@ -2,6 +2,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use pyo3::exceptions::PyRuntimeError;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -42,6 +43,23 @@ impl<'py> FromPyObject<'_, 'py> for TensorArg {
 
     /// What is not a tensor we can take is refused where the argument's name is known: by `TensorArg::view` and its kin.
     fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
+        match TensorArg::read(object) {
+            // Sparse and nested tensors and those of a vmap refuse to say where their memory is.
+            Err(error) if error.is_instance_of::<PyRuntimeError>(object.py()) => {
+                TensorArg::without_memory(object)
+            }
+            outcome => outcome,
+        }
+    }
+}
+
+impl TensorArg {
+    fn without_memory(object: Borrowed<'_, '_, PyAny>) -> PyResult<Self> {
+        let got = format!("a {} without memory of its own", object.get_type().name()?);
+        Ok(TensorArg::refused(got, "a plain torch.Tensor".into()))
+    }
+
+    fn read(object: Borrowed<'_, '_, PyAny>) -> PyResult<Self> {
         let py = object.py();
         let torch = Torch::get(py)?;
         if !object.is_instance(torch.tensor.bind(py))? {
@@ -50,8 +68,9 @@ impl<'py> FromPyObject<'_, 'py> for TensorArg {
         }
         let dtype = object.getattr(intern!(py, "dtype"))?;
         let Some((_, dtype)) = torch.dtypes.iter().find(|(known, _)| known.is(&dtype)) else {
-            let allowed: Vec<_> = torch.dtypes.iter().map(|(_, dtype)| dtype.name()).collect();
-            return Ok(TensorArg::refused(dtype.to_string(), allowed.join(", ")));
+            let got = dtype.to_string().trim_start_matches("torch.").to_owned();
+            let allowed = "float32, float64, bfloat16, float16; for indices int32, int64";
+            return Ok(TensorArg::refused(got, allowed.into()));
         };
         let device = if object.getattr(intern!(py, "is_cpu"))?.is_truthy()? {
             Device::Cpu
@@ -77,8 +96,7 @@ impl<'py> FromPyObject<'_, 'py> for TensorArg {
         // DTensor, FakeTensor and other subclasses are tensors whose memory, if any, is elsewhere.
         let is_empty = object.call_method0(intern!(py, "numel"))?.extract::<usize>()? == 0;
         if device == Device::Cpu && data == 0 && !is_empty {
-            let got = format!("a {} without memory of its own", object.get_type().name()?);
-            return Ok(TensorArg::refused(got, "a plain torch.Tensor".into()));
+            return TensorArg::without_memory(object);
         }
         if data % dtype.size() != 0 {
             let allowed = format!("data aligned to {} bytes", dtype.size());

@@ -202,3 +202,16 @@ def test_the_written_states_are_noticed_by_autograd(name, device):
         loss.backward()
     with torch.inference_mode():
         oxiscan.causal_conv1d_update(**copies(tensors))
+
+
+def test_an_input_within_the_state_is_refused(device):
+    tensors = inputs.conv_update(batch=3, slots=3, dtype=torch.float32, device=device)
+    with pytest.raises(ValueError, match="conv_state: got memory that it shares with x"):
+        oxiscan.causal_conv1d_update(**tensors | {"x": tensors["conv_state"][:, :, 0]})
+
+
+def test_the_position_of_a_padding_row_is_not_looked_at(device):
+    tensors = inputs.conv_update(batch=2, slots=3, circular=True, dtype=torch.float32, device=device)
+    tensors["conv_state_indices"] = torch.tensor([-1, 2], device=device)
+    tensors["cache_seqlens"] = torch.tensor([-1, 5], device=device)
+    assert (oxiscan.causal_conv1d_update(**tensors)[0] == 0).all()

@@ -150,3 +150,11 @@ def test_gradcheck(op, given, device):
     torch.autograd.gradcheck(
         lambda *values: op(**dict(zip(leaves, values, strict=True))), tuple(leaves.values()), fast_mode=op is OP
     )
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_given_B_that_does_not_fit_is_named(norm, device):
+    tensors = inputs.mamba_inner(given="B", norm=norm, dtype=torch.float32, device=device)
+    for B, error in ((torch.ones(4), ValueError), ([1], TypeError), (tensors["B"][:, :, :-1], ValueError)):
+        with pytest.raises(error, match="^B: got"):
+            oxiscan.mamba_inner_fn(**tensors | {"B": B})

@@ -230,3 +230,15 @@ def test_steps_equal_the_scan(dtype, parameters, tokens, device):
         steps.append(step.unsqueeze(1) if tokens == 1 else step)
     assert_close("out", torch.cat(steps, dim=1), out, TOLERANCES[dtype][0])
     assert_close("state", state, final_states, TOLERANCES[final_states.dtype][0])
+
+
+def test_written_states_that_share_memory_are_refused(device):
+    tensors = inputs.state_update(batch=3, dtype=torch.float32, device=device)
+    buffer = torch.zeros(4, *tensors["state"].shape[1:], device=device)
+    shared = tensors | {"state": buffer[:3], "intermediate_ssm_states": buffer[1:].unsqueeze(1)}
+    with pytest.raises(ValueError, match="intermediate_ssm_states: got memory that it shares with state"):
+        oxiscan.selective_state_update(**shared)
+    # Side by side in one pool they are apart.
+    pool = torch.zeros(3, 2, *tensors["state"].shape[1:], device=device)
+    oxiscan.selective_state_update(**tensors | {"state": pool[:, 0], "intermediate_ssm_states": pool[:, 1:]})
+    assert torch.equal(pool[:, 0], pool[:, 1]) and pool.any()

@@ -129,11 +129,13 @@ def test_no_gradient_and_the_written_result_is_noticed(device):
         ({"cu_chunk_seqlens": torch.tensor([0, 4, 3])}, ValueError, r"cu_chunk_seqlens: got \[0, 4, 3\]; allowed"),
         ({"cu_chunk_seqlens": torch.tensor([0, 4])}, ValueError, r"cu_chunk_seqlens: got shape \(2,\)"),
         ({"cu_chunk_seqlens": torch.ones(3)}, TypeError, "cu_chunk_seqlens: got float32; allowed: int32 or int64"),
-        ({"seq_idx": torch.tensor([0, 2])}, ValueError, "seq_idx: got 2; allowed: values from 0 to 1"),
-        ({"seq_idx": torch.tensor([-1, 0])}, ValueError, "seq_idx: got -1; allowed: values from 0"),
+        ({"seq_idx": torch.tensor([0, 2])}, ValueError, "seq_idx: got 2; allowed: values >= 0 and below 2"),
+        ({"seq_idx": torch.tensor([-1, 0])}, ValueError, "seq_idx: got -1; allowed: values >= 0 and below 2"),
         ({"last_chunk_indices": torch.tensor([0, 2])}, ValueError, "last_chunk_indices: got 2; allowed: values"),
         ({"out": torch.ones(6, 4, 7)}, ValueError, "out: got shape"),
         ({"out": torch.ones(6, 4, 1).expand(6, 4, 8)}, ValueError, "out: got strides"),
+        ({"seq_idx": torch.tensor([-1, 0]), "initial_states": None}, ValueError, "seq_idx: got -1; .* values >= 0$"),
+        ({"dt": torch.ones(5, 4)}, ValueError, r"dt: got shape \(5, 4\); allowed: \(seqlen, nheads\) = \(6, 4\)"),
         ({"initial_states": torch.ones(2, 4, 8, 11)}, ValueError, "initial_states: got shape"),
     ],
 )  # fmt: skip
@@ -142,3 +144,16 @@ def test_errors_name_the_argument_and_write_nothing(changes, error, message):
     with pytest.raises(error, match=message):
         oxiscan.mamba_chunk_scan_combined_varlen(**tensors | changes)
     assert (tensors["out"] == 7.0).all()
+
+
+def test_the_result_may_be_x_or_z_itself_but_not_overlap_them(device):
+    tensors = packed((20, 70), 16, device=device)
+    oxiscan.mamba_chunk_scan_combined_varlen(**tensors)
+    for name in ("x", "z"):
+        written = tensors[name].clone()
+        oxiscan.mamba_chunk_scan_combined_varlen(**tensors | {name: written, "out": written})
+        assert torch.equal(written, tensors["out"])
+    buffer = torch.zeros(91, 4, 8, dtype=torch.float64, device=device)
+    for name in ("x", "z"):
+        with pytest.raises(ValueError, match=f"out: got memory that it shares with {name}"):
+            oxiscan.mamba_chunk_scan_combined_varlen(**tensors | {name: buffer[:-1], "out": buffer[1:]})

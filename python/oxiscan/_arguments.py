@@ -68,6 +68,16 @@ def number(name: str, value: float) -> float:
     """`value` as a float; anything that is not a number is refused."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: got {value!r}; allowed: a number")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: got {value}; allowed: a number within float's range") from None
+
+
+def check_eps(name: str, value: float) -> float:
+    """`value` as a float >= 0."""
+    if not number(name, value) >= 0:
+        raise ValueError(f"{name}: got {value}; allowed: {name} >= 0")
     return float(value)
 
 
@@ -100,7 +110,5 @@ def varlen_states_dtype(
     return_varlen_states: bool, cu_seqlens: Tensor | None, state_dtype: torch.dtype | None, default: torch.dtype
 ) -> torch.dtype | None:
     """The dtype of varlen states, None where they are not asked for."""
-    if not return_varlen_states:
-        return None
     check_varlen_states(return_varlen_states, cu_seqlens)
-    return state_dtype or default
+    return (state_dtype or default) if return_varlen_states else None

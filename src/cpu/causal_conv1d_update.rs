@@ -23,10 +23,10 @@ fn channels(dim: usize, block: usize) -> (usize, usize) {
     (channel, CHANNELS.min(dim - channel))
 }
 
-/// How many tokens each sequence of a circular conv_state has seen, modulo state_len.
-pub fn positions(cache_seqlens: &View<1>, state_len: usize) -> Result<Vec<usize>> {
+/// How many tokens each sequence of a circular conv_state has seen, modulo state_len; 0 for a row of padding.
+pub fn positions(cache_seqlens: &View<1>, slots: &Slots, state_len: usize) -> Result<Vec<usize>> {
     let position = |b| {
-        let seen = cache_seqlens.get_int([b]);
+        let seen = slots.get(b).map_or(0, |_| cache_seqlens.get_int([b]));
         usize::try_from(seen).map(|seen| seen % state_len).map_err(|_| Error::Value {
             arg: "cache_seqlens",
             got: format!("{seen} at row {b}"),

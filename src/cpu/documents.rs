@@ -142,7 +142,7 @@ impl Documents {
         let mut started = false;
         for (chunk, tokens) in bounds.windows(2).enumerate() {
             let id = seq_idx.get_int([chunk]);
-            let document = index("seq_idx", id, initial_rows.unwrap_or(usize::MAX))?;
+            let document = index("seq_idx", id, initial_rows)?;
             started &= chunk > 0 && id == seq_idx.get_int([chunk - 1]);
             let entry = if started { Entry::Carried } else { documents.entry(document) };
             if tokens[0] == tokens[1] {
@@ -238,12 +238,16 @@ impl Documents {
     }
 }
 
-/// `value` as an index below `size`.
-pub fn index(arg: &'static str, value: i64, size: usize) -> Result<usize> {
-    usize::try_from(value).ok().filter(|&index| index < size).ok_or_else(|| Error::Value {
+/// `value` as an index, below `size` where there is one.
+pub fn index(arg: &'static str, value: i64, size: Option<usize>) -> Result<usize> {
+    let index = usize::try_from(value).ok();
+    index.filter(|&index| size.is_none_or(|size| index < size)).ok_or_else(|| Error::Value {
         arg,
         got: value.to_string(),
-        allowed: format!("values from 0 to {}", size as i64 - 1),
+        allowed: match size {
+            Some(size) => format!("values >= 0 and below {size}"),
+            None => "values >= 0".into(),
+        },
     })
 }
 

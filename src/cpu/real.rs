@@ -20,6 +20,17 @@ pub trait Real:
     /// e^self, written so that a loop over it becomes vector code.
     fn fast_exp(self) -> Self;
 
+    /// e^self as what `decayed` multiplies a state by: e^self - 1 where that is from -1/2 to below 0, since 1 - e^self is
+    /// what a state forgets, token after token, and e^self near 1 would round it; e^self elsewhere.
+    fn decay_factor(self) -> Self;
+
+    /// The state decayed by a factor of `decay_factor`, and what is added to it.
+    #[inline(always)]
+    fn decayed(self, factor: Self, added: Self) -> Self {
+        let kept = if factor < Self::zero() { self } else { Self::zero() };
+        kept + factor.mul_add(self, added)
+    }
+
     /// 1 / (1 + e^-self), with `exp` of a negative argument only.
     #[inline(always)]
     fn sigmoid(self) -> Self {
@@ -50,6 +61,25 @@ pub trait Real:
     }
 }
 
+/// e^x = 2 (1 + tail) half, for x from -86.9 to 88.7: half a power of 2.
+#[inline(always)]
+fn exp_parts(x: f32) -> (f32, f32) {
+    // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+    const ROUND: f32 = 12_582_912.0;
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    let shifted = x.mul_add(std::f32::consts::LOG2_E, ROUND);
+    let n = shifted - ROUND;
+    let r = n.mul_add(-LN2_LOW, n.mul_add(-LN2_HIGH, x));
+    let mut series = 1.0 / 5040.0;
+    for coefficient in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0] {
+        series = series.mul_add(r, coefficient);
+    }
+    // 2^(n - 1): n reaches 128, one more than an exponent holds.
+    let n = shifted.to_bits().wrapping_sub(ROUND.to_bits());
+    (series * r, f32::from_bits(n.wrapping_add(126) << 23))
+}
+
 impl Real for f32 {
     #[inline(always)]
     fn from_f32(value: f32) -> Self {
@@ -73,24 +103,19 @@ impl Real for f32 {
     /// x = n ln 2 + r with |r| <= ln 2 / 2, ln 2 in two parts so that r is exact; then the series of e^r to r^7 / 7!.
     #[inline(always)]
     fn fast_exp(self) -> Self {
-        // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
-        const ROUND: f32 = 12_582_912.0;
-        const LN2_HIGH: f32 = 0.693_359_4;
-        const LN2_LOW: f32 = -2.121_944_4e-4;
-        let shifted = self.mul_add(std::f32::consts::LOG2_E, ROUND);
-        let n = shifted - ROUND;
-        let r = n.mul_add(-LN2_LOW, n.mul_add(-LN2_HIGH, self));
-        let mut series = 1.0 / 5040.0;
-        for coefficient in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
-            series = series.mul_add(r, coefficient);
-        }
-        // 2^n as 2 * 2^(n - 1): n reaches 128, one more than an exponent holds.
-        let n = shifted.to_bits().wrapping_sub(ROUND.to_bits());
-        let scale = f32::from_bits(n.wrapping_add(126) << 23);
-        let value = 2.0 * series * scale;
+        let (tail, half) = exp_parts(self);
+        let value = 2.0 * tail.mul_add(half, half);
         let value = if self < -86.9 { 0.0 } else { value };
         let value = if self > 88.72 { f32::INFINITY } else { value };
         if self.is_nan() { self } else { value }
+    }
+
+    #[inline(always)]
+    fn decay_factor(self) -> Self {
+        let (tail, half) = exp_parts(self);
+        let minus_one = 2.0 * tail * half + (2.0 * half - 1.0);
+        let nearly_stays = self < 0.0 && self > -std::f32::consts::LN_2;
+        if nearly_stays { minus_one } else { self.fast_exp() }
     }
 
     /// Within 5e-7 relative.
@@ -130,6 +155,10 @@ impl Real for f64 {
     }
     #[inline(always)]
     fn fast_exp(self) -> Self {
+        self.exp()
+    }
+    #[inline(always)]
+    fn decay_factor(self) -> Self {
         self.exp()
     }
     #[inline(always)]
@@ -231,6 +260,21 @@ mod tests {
             })
             .fold(0.0, f64::max);
         assert!(worst < 3e-7, "{worst}");
+    }
+
+    #[test]
+    fn a_decay_near_one_keeps_what_it_forgets() {
+        for x in [-1e-7f32, -1e-5, -1e-3, -0.3, -0.69, -0.7, -5.0, -80.0, -1e4, -12345.6, 0.0, 0.5]
+        {
+            let exact = f64::from(x).exp();
+            let forgotten = 1.0 - f64::from(1.0f32.decayed(x.decay_factor(), 0.0));
+            assert!((forgotten - (1.0 - exact)).abs() <= 6e-8, "{x}");
+            // Token after token: a state that nearly stays.
+            let factor = x.decay_factor();
+            let lost = if factor < 0.0 { f64::from(factor) } else { f64::from(factor) - 1.0 };
+            assert!((lost / (exact - 1.0) - 1.0).abs() < 5e-7 || x == 0.0, "{x}");
+        }
+        assert!(f32::NAN.decay_factor().is_nan());
     }
 
     #[test]

@@ -348,8 +348,8 @@ impl<T: Real> Channels<T> {
         for t in 0..len {
             let (delta, input, B, C, mut of_y) = (delta[t], input[t], B.at(t), C.at(t), y[t]);
             for l in 0..LANES {
-                let decay = (delta[l] * A[l]).fast_exp();
-                state[l] = decay.mul_add(state[l], input[l] * B[l]);
+                let decay = (delta[l] * A[l]).decay_factor();
+                state[l] = state[l].decayed(decay, input[l] * B[l]);
                 of_y[l] = C[l].mul_add(state[l], of_y[l]);
             }
             y[t] = of_y;
@@ -800,6 +800,7 @@ impl<T: Real> ChannelGradients<T> {
 
 /// Work arrays of one state index, (TILE, LANES).
 struct Trace<T> {
+    /// As `decay_factor` gives it.
     decay: Vec<Lanes<T>>,
     /// decay[t] state[t - 1]
     decayed: Vec<Lanes<T>>,
@@ -828,9 +829,9 @@ impl<T: Real> Trace<T> {
             let (mut of_y, mut of_C) = (y[t], dC[t]);
             let (mut of_decay, mut of_decayed) = ([T::zero(); LANES], [T::zero(); LANES]);
             for l in 0..LANES {
-                of_decay[l] = (delta[l] * A[l]).fast_exp();
-                of_decayed[l] = of_decay[l] * state[l];
-                state[l] = input[l].mul_add(B[l], of_decayed[l]);
+                of_decay[l] = (delta[l] * A[l]).decay_factor();
+                of_decayed[l] = state[l].decayed(of_decay[l], T::zero());
+                state[l] = state[l].decayed(of_decay[l], input[l] * B[l]);
                 of_y[l] = C[l].mul_add(state[l], of_y[l]);
                 of_C[l] = dy[l].mul_add(state[l], of_C[l]);
             }
@@ -868,7 +869,7 @@ impl<T: Real> Trace<T> {
                 let ddecay = G[l] * decayed[l];
                 of_ga[l] = A[l].mul_add(ddecay, of_ga[l]);
                 dA[l] = delta[l].mul_add(ddecay, dA[l]);
-                G[l] *= decay[l];
+                G[l] = G[l].decayed(decay[l], T::zero());
             }
             (gb[t], ga[t], dB[t]) = (of_gb, of_ga, of_B);
         }

@@ -63,15 +63,15 @@ fn update_rows<T: Real>(
         for t in 0..seqlen {
             let (x, dt) = (x[t * nrows + row], dt[t * nrows + row]);
             if one_A {
-                decay.fill((dt * A[0]).exp());
+                decay.fill((dt * A[0]).decay_factor());
             } else {
                 for (decay, &A) in decay.iter_mut().zip(&A) {
-                    *decay = (dt * A).fast_exp();
+                    *decay = (dt * A).decay_factor();
                 }
             }
             let dtx = dt * x;
             for ((state, &decay), &B) in state.iter_mut().zip(&decay).zip(&B[t * dstate..]) {
-                *state = decay * *state + dtx * B;
+                *state = state.decayed(decay, dtx * B);
             }
             out[t * nrows + row] = dot(&state, &C[t * dstate..][..dstate]);
             if let Some(intermediate) = &inputs.intermediate {

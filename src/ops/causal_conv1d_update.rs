@@ -39,6 +39,10 @@ pub fn causal_conv1d_update(
         let check = Checker::new("x", &x)?;
         let dims = ConvUpdateDims::new(&x, &conv_state, &weight, conv_state_indices.is_some())?;
         conv_state.expect_writable("conv_state")?;
+        conv_state.expect_apart("conv_state", "x", &x)?;
+        if let Some(intermediate) = &intermediate_conv_states {
+            intermediate.expect_apart("intermediate_conv_states", "conv_state", &conv_state)?;
+        }
         let inputs = ConvUpdateInputs {
             dims,
             x: check.same("x", &x, dims.x())?,
@@ -63,7 +67,9 @@ pub fn causal_conv1d_update(
                 let (batch, count) = (dims.batch, dims.slots());
                 let slots = Slots::new("conv_state_indices", indices.as_ref(), batch, count)?;
                 let positions = cache_seqlens
-                    .map(|seqlens| cpu::causal_conv1d_update::positions(&seqlens, dims.state_len))
+                    .map(|seqlens| {
+                        cpu::causal_conv1d_update::positions(&seqlens, &slots, dims.state_len)
+                    })
                     .transpose()?;
                 cpu::pool::install(threads, || {
                     with_accumulator!(check.dtype, T => {

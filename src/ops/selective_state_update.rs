@@ -48,6 +48,10 @@ pub fn selective_state_update(
         let check = Checker::new("x", &x)?;
         let dims = StateUpdateDims::new(&x, &state, &B, state_batch_indices.is_some())?;
         state.expect_writable("state")?;
+        state.expect_apart("state", "x", &x)?;
+        if let Some(intermediate) = &intermediate_ssm_states {
+            intermediate.expect_apart("intermediate_ssm_states", "state", &state)?;
+        }
         let inputs = StateUpdateInputs {
             dims,
             state: check.floating("state", &state, dims.state())?,

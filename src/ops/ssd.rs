@@ -291,6 +291,11 @@ pub fn ssd_varlen_forward(
         let last_chunks =
             check.integer("last_chunk_indices", &last_chunk_indices, [("ndocs", ndocs)])?;
         out.expect_writable("out")?;
+        for (arg, input) in [("x", Some(&tensors.0)), ("z", tensors.6.as_ref())] {
+            if let Some(input) = input.filter(|input| !out.is_same_memory(input)) {
+                out.expect_apart("out", arg, input)?;
+            }
+        }
         let out = check.same("out", &out, inputs.dims.x())?;
         let chunk_states =
             check.floating("chunk_states", &chunk_states, inputs.varlen_states()?)?;
@@ -300,7 +305,7 @@ pub fn ssd_varlen_forward(
             Backend::Cpu => {
                 for document in 0..ndocs {
                     let chunk = last_chunks.get_int([document]);
-                    cpu::documents::index("last_chunk_indices", chunk, nchunks)?;
+                    cpu::documents::index("last_chunk_indices", chunk, Some(nchunks))?;
                 }
                 cpu::pool::install(
                     threads,

@@ -1,9 +1,27 @@
 """What the ops share."""
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's decorator, by which differentiating a backward raises; here also where no incoming gradient needs one.
+
+    torch's own then takes the gradients for constants, though they depend on the arguments.
+    """
+    raising = torch.autograd.function.once_differentiable(backward)
+
+    @wraps(backward)
+    def wrapper(ctx: Any, *gradients: Tensor | None) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            gradients = tuple(None if g is None else g.detach().requires_grad_() for g in gradients)
+        return raising(ctx, *gradients)
+
+    return wrapper
 
 
 def written(*tensors: Tensor | None) -> None:

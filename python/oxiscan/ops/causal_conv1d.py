@@ -4,12 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from oxiscan._arguments import check, is_silu, ndocs, sizes
 
 from . import _kernels
-from ._common import empty_like
+from ._common import empty_like, once_differentiable
 
 
 class _CausalConv1d(torch.autograd.Function):
@@ -92,6 +91,13 @@ def causal_conv1d_fn(
         width = sizes("weight", weight, "dim", "width")[1]
         rows = {"batch" if cu_seqlens is None else "ndocs": ndocs(cu_seqlens, batch)}
         check("final_states_out", final_states_out, rows | {"dim": dim, "width - 1": width - 1}, x.dtype)
+        if final_states_out.device != x.device:
+            raise ValueError(f"final_states_out: got a tensor on {final_states_out.device}; allowed: {x.device}, as x")
+        if any(
+            size > 1 and stride == 0
+            for size, stride in zip(final_states_out.shape, final_states_out.stride(), strict=True)
+        ):
+            raise ValueError("final_states_out: got an expanded tensor; allowed: one with an element for each value")
     out, final_states = _CausalConv1d.apply(
         x, weight, bias, seq_idx, cu_seqlens, initial_states, is_silu(activation), return_final_states
     )

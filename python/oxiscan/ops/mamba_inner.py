@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from oxiscan._arguments import FLOATS, check, check_optional, number, sizes
+from oxiscan._arguments import FLOATS, check, check_eps, check_optional, sizes
 
 from .causal_conv1d import causal_conv1d_fn
 from .rmsnorm_gated import rmsnorm_gated
@@ -21,6 +21,20 @@ def _normalized(matrix: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     if matrix.dim() == 2:
         return rmsnorm_gated(matrix, weight, eps=eps)
     return rmsnorm_gated(matrix.transpose(-1, -2), weight, eps=eps).transpose(-1, -2)
+
+
+def _check_given(name: str, given: Tensor, dim: int, dstate: int, dtype: torch.dtype) -> None:
+    """Refuse a B or C whose dstate or dtype does not fit; the scan checks the rest."""
+    forms = "(dim, dstate), (batch, dstate, seqlen) or (batch, ngroups, dstate, seqlen)"
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name}: got {type(given).__name__}; allowed: torch.Tensor")
+    if not 2 <= given.dim() <= 4 or given.shape[-1 if given.dim() == 2 else -2] != dstate:
+        raise ValueError(f"{name}: got shape {tuple(given.shape)}; allowed: {forms} with dstate = {dstate}")
+    if given.dim() == 2:
+        check(name, given, {"dim": dim, "dstate": dstate}, dtype, torch.float32)
+    else:
+        names = ("batch", "dstate", "seqlen") if given.dim() == 3 else ("batch", "ngroups", "dstate", "seqlen")
+        check(name, given, dict(zip(names, given.shape, strict=True)), dtype)
 
 
 def _conv_and_scan(
@@ -139,11 +153,13 @@ def mamba_inner_fn(
         if bias is not None and given is not None:
             raise ValueError(f"{name}_proj_bias: got a tensor beside {name}; allowed: one of the two")
         check_optional(f"{name}_proj_bias", bias, dstate, *FLOATS)
+    for name, given in (("B", B), ("C", C)):
+        if given is not None:
+            _check_given(name, given, dim["dim"], dstate["dstate"], xz.dtype)
     check_optional("b_rms_weight", b_rms_weight, dstate, *dtypes)
     check_optional("c_rms_weight", c_rms_weight, dstate, *dtypes)
     check_optional("dt_rms_weight", dt_rms_weight, dim, *dtypes)
-    if number("b_c_dt_rms_eps", b_c_dt_rms_eps) < 0:
-        raise ValueError(f"b_c_dt_rms_eps: got {b_c_dt_rms_eps}; allowed: b_c_dt_rms_eps >= 0")
+    check_eps("b_c_dt_rms_eps", b_c_dt_rms_eps)
     if checkpoint_lvl not in (0, 1):
         raise ValueError(f"checkpoint_lvl: got {checkpoint_lvl!r}; allowed: 0 or 1")
     arguments: tuple[Any, ...] = (

@@ -4,13 +4,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from oxiscan import reference
-from oxiscan._arguments import number
+from oxiscan._arguments import check_eps
 
 from . import _kernels
-from ._common import empty_like
+from ._common import empty_like, once_differentiable
 
 
 class _RMSNormGated(torch.autograd.Function):
@@ -74,7 +73,7 @@ def rmsnorm_gated(
         raise TypeError(f"x: got {type(x).__name__}; allowed: torch.Tensor")
     if group_size is not None and (not isinstance(group_size, int) or group_size < 1):
         raise ValueError(f"group_size: got {group_size!r}; allowed: None or a divisor of dim")
-    return _RMSNormGated.apply(x, weight, bias, z, number("eps", eps), group_size, bool(norm_before_gate))
+    return _RMSNormGated.apply(x, weight, bias, z, check_eps("eps", eps), group_size, bool(norm_before_gate))
 
 
 class RMSNormGated(reference.RMSNormGated):

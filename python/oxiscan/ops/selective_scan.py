@@ -4,12 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from oxiscan._arguments import acc_dtype, check_varlen_states, ndocs, sizes
 
 from . import _kernels
-from ._common import empty_like
+from ._common import empty_like, once_differentiable, results
 
 
 class _SelectiveScan(torch.autograd.Function):
@@ -113,5 +112,4 @@ def selective_scan_fn(
     check_varlen_states(return_varlen_states, cu_seqlens)
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, cu_seqlens)
     options = (bool(delta_softplus), return_last_state, return_varlen_states)
-    results = tuple(result for result in _SelectiveScan.apply(*tensors, *options) if result is not None)
-    return results[0] if len(results) == 1 else results
+    return results(*_SelectiveScan.apply(*tensors, *options))

@@ -5,24 +5,24 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from oxiscan._arguments import (
     FLOATS,
     acc_dtype,
     check,
     check_chunks,
+    check_eps,
     check_optional,
+    check_whole,
     is_silu,
     limits,
     ndocs,
-    number,
     sizes,
     varlen_states_dtype,
 )
 
 from . import _kernels
-from ._common import empty_like, results
+from ._common import empty_like, once_differentiable, results
 
 
 class _Sizes(NamedTuple):
@@ -207,10 +207,12 @@ def _split_sizes(
     if not isinstance(D, Tensor) or D.dim() != 1:
         headdim_of_D = sizes("D", D, "nheads", "headdim")[1]
         headdim = headdim_of_D if headdim is None else headdim
-    if headdim is None or headdim < 1:
-        raise ValueError(f"headdim: got {headdim} with D of shape {tuple(D.shape)}; allowed: headdim >= 1")
+    if headdim is None:
+        raise ValueError(f"headdim: got None with D of shape {tuple(D.shape)}; allowed: headdim >= 1")
+    check_whole("headdim", headdim, lowest=1)
+    check_whole("ngroups", ngroups, lowest=1)
     dim = nheads * headdim
-    if ngroups < 1 or nheads % ngroups:
+    if nheads % ngroups:
         raise ValueError(f"ngroups: got {ngroups}; allowed: a divisor of nheads = {nheads}")
     dstate = (conv_dim - dim) // (2 * ngroups)
     if dstate < 1 or dim + 2 * ngroups * dstate != conv_dim:
@@ -311,8 +313,6 @@ def mamba_split_conv1d_scan_combined(
         rows = {"first document": 1}
     check_optional("initial_conv_states", initial_conv_states, rows | conv_dim | {"width - 1": width - 1}, *dtypes)
     check_optional("rmsnorm_weight", rmsnorm_weight, {"dim": split.dim}, *dtypes)
-    if number("rmsnorm_eps", rmsnorm_eps) < 0:
-        raise ValueError(f"rmsnorm_eps: got {rmsnorm_eps}; allowed: rmsnorm_eps >= 0")
     if outproj_weight is not None:
         out_features = sizes("outproj_weight", outproj_weight, "out_features", "dim")[0]
         check("outproj_weight", outproj_weight, {"out_features": out_features, "dim": split.dim}, *dtypes)
@@ -323,8 +323,8 @@ def mamba_split_conv1d_scan_combined(
         sizes=split,
         silu=is_silu(activation),
         dt_limit=limits("dt_limit", dt_limit),
-        rmsnorm_eps=float(rmsnorm_eps),
-        norm_before_gate=norm_before_gate,
+        rmsnorm_eps=check_eps("rmsnorm_eps", rmsnorm_eps),
+        norm_before_gate=bool(norm_before_gate),
         return_final_states=return_final_states,
         return_final_conv_states=return_final_conv_states,
         varlen_dtype=varlen_states_dtype(return_varlen_states, cu_seqlens, state_dtype, zxbcdt.dtype),

@@ -4,12 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from oxiscan._arguments import acc_dtype, check_chunks, limits, ndocs, sizes, varlen_states_dtype
 
 from . import _kernels
-from ._common import empty_like, results
+from ._common import empty_like, once_differentiable, results
 
 
 class _ChunkScan(torch.autograd.Function):

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oxiscan._arguments import check_chunks, limits, sizes
+from oxiscan._arguments import check, check_chunks, check_optional, limits, sizes
 
 from . import _kernels
 from ._common import written
@@ -44,7 +44,8 @@ def mamba_chunk_scan_combined_varlen(
         seq_idx: (nchunks,) int32 or int64, the document of each chunk, its row of initial_states. A document starts
             with a chunk whose value differs from that of the chunk before.
         last_chunk_indices: (ndocs,) int32 or int64, the index of each document's last chunk.
-        out: x's shape and dtype, written in place; tokens past the last chunk keep what they hold.
+        out: x's shape and dtype, written in place; tokens past the last chunk keep what they hold. It may be x or z
+            itself, but not overlap them otherwise.
         initial_states: (ndocs, nheads, headdim, dstate), in x's dtype or float32. Zeros if left out.
         return_raw_states: also return the state after every chunk.
         state_dtype: the dtype of returned states; C's if left out.
@@ -58,13 +59,15 @@ def mamba_chunk_scan_combined_varlen(
         ValueError, TypeError: an argument that does not fit, by name; out is untouched then.
     """
     check_chunks(chunk_size, state_dtype)
-    _, nheads, headdim = sizes("x", x, "seqlen", "nheads", "headdim")
-    sizes("dt", dt, "seqlen", "nheads")
-    dstate = sizes("B", B, "seqlen", "ngroups", "dstate")[2]
-    sizes("C", C, "seqlen", "ngroups", "dstate")
-    sizes("out", out, "seqlen", "nheads", "headdim")
-    if z is not None:
-        sizes("z", z, "seqlen", "nheads", "headdim")
+    seqlen, nheads, headdim = sizes("x", x, "seqlen", "nheads", "headdim")
+    _, ngroups, dstate = sizes("B", B, "seqlen", "ngroups", "dstate")
+    like_x = {"seqlen": seqlen, "nheads": nheads, "headdim": headdim}
+    like_B = {"seqlen": seqlen, "ngroups": ngroups, "dstate": dstate}
+    check("dt", dt, {"seqlen": seqlen, "nheads": nheads}, x.dtype, torch.float32)
+    check("B", B, like_B, x.dtype)
+    check("C", C, like_B, x.dtype)
+    check("out", out, like_x, x.dtype)
+    check_optional("z", z, like_x, x.dtype)
     (nchunks,) = sizes("seq_idx", seq_idx, "nchunks")
     raw_states = x.new_empty(nchunks, nheads, headdim, dstate, dtype=state_dtype or C.dtype)
     x, dt, B, C = (tensor.unsqueeze(0) for tensor in (x, dt, B, C))

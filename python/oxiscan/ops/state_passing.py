@@ -4,12 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from oxiscan._arguments import acc_dtype, sizes
 
 from . import _kernels
-from ._common import empty_like
+from ._common import empty_like, once_differentiable
 
 
 class _StatePassing(torch.autograd.Function):
