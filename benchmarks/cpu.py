@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import oxiscan
-from oxiscan.testing import CASES, assert_close, peak_memory, run, seeded_gradients
+from oxiscan.testing import CASES, assert_close, peak_memory, run
 
 Side = Callable[..., Tensor]
 CPU = torch.device("cpu")
@@ -69,7 +69,7 @@ def forward(side: Side, tensors: dict[str, Tensor]) -> Callable[[], Any]:
 def forward_backward(side: Side, tensors: dict[str, Tensor]) -> Callable[[], Any]:
     """Forward, and gradients of all arguments."""
     leaves = {k: t.detach().requires_grad_() for k, t in tensors.items()}
-    (gradient,) = seeded_gradients([side(**tensors)])
+    gradient = torch.randn_like(next(iter(tensors.values())))  # results have the first argument's shape
     return lambda: torch.autograd.grad(side(**leaves), list(leaves.values()), gradient)
 
 
@@ -77,16 +77,20 @@ PASSES = {"forward": forward, "forward + backward": forward_backward}
 
 
 def times(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each side. A side that takes more than half a second a call gets fewer rounds."""
+    """Median milliseconds of each side. In a turn a side is called four times, the first to settle caches and memory.
+
+    A side that takes more than half a second a call gets three calls in all.
+    """
     samples: dict[str, list[float]] = {side: [] for side in calls}
-    for i in range(rounds + 1):
+    for _ in range(rounds):
         for side, call in calls.items():
-            if i > 3 and statistics.median(samples[side]) > 500:
+            if len(samples[side]) >= 3 and statistics.median(samples[side]) > 500:
                 continue
-            begin = time.perf_counter()
-            call()
-            if i > 0:
+            for _ in range(4):
+                begin = time.perf_counter()
+                call()
                 samples[side].append((time.perf_counter() - begin) * 1e3)
+            del samples[side][-4]
     return {side: statistics.median(values) for side, values in samples.items()}
 
 
@@ -111,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of both sides")
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=10, help="turns of each side, of three timed calls")
     parser.add_argument("--memory", nargs=2, metavar=("CASE", "SIDE"), help="print one side's peak MB, nothing else")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

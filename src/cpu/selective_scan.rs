@@ -830,8 +830,11 @@ impl<T: Real> Trace<T> {
             let (mut of_decay, mut of_decayed) = ([T::zero(); LANES], [T::zero(); LANES]);
             for l in 0..LANES {
                 of_decay[l] = (delta[l] * A[l]).decay_factor();
-                of_decayed[l] = state[l].decayed(of_decay[l], T::zero());
-                state[l] = state[l].decayed(of_decay[l], input[l] * B[l]);
+                // `decayed` without and with what is added.
+                let kept = if of_decay[l] < T::zero() { state[l] } else { T::zero() };
+                let rest = of_decay[l] * state[l];
+                of_decayed[l] = kept + rest;
+                state[l] = kept + input[l].mul_add(B[l], rest);
                 of_y[l] = C[l].mul_add(state[l], of_y[l]);
                 of_C[l] = dy[l].mul_add(state[l], of_C[l]);
             }
