@@ -96,23 +96,22 @@ def ssd(
 ) -> dict[str, Tensor]:
     """Arguments of mamba_chunk_scan_combined. `parameters`: the dtype of dt, A, D, dt_bias, initial_states."""
     generator = torch.Generator().manual_seed(seed)
-    parameters = parameters or dtype
     like: dict[str, Any] = {"dtype": dtype, "device": device, "generator": generator}
+    parameter = like | {"dtype": parameters or dtype}
     tensors = {
         "x": normal(batch, seqlen, nheads, headdim, **like),
-        "dt": normal(batch, seqlen, nheads, dtype=parameters, device=device, generator=generator),
-        "A": -(torch.rand(nheads, dtype=torch.float64, generator=generator) + 0.2).to(parameters).to(device) * decay,
+        "dt": normal(batch, seqlen, nheads, **parameter),
+        "A": -(torch.rand(nheads, dtype=torch.float64, generator=generator) + 0.2).to(device, parameter["dtype"])
+        * decay,
         "B": normal(batch, seqlen, ngroups, dstate, **like),
         "C": normal(batch, seqlen, ngroups, dstate, **like),
     }
     if optional:
         shape = (nheads,) if D == "heads" else (nheads, headdim)
-        tensors["D"] = normal(*shape, dtype=parameters, device=device, generator=generator)
+        tensors["D"] = normal(*shape, **parameter)
         tensors["z"] = normal(batch, seqlen, nheads, headdim, **like)
-        tensors["dt_bias"] = normal(nheads, dtype=parameters, device=device, generator=generator)
-        tensors["initial_states"] = normal(
-            batch, nheads, headdim, dstate, dtype=parameters, device=device, generator=generator
-        )
+        tensors["dt_bias"] = normal(nheads, **parameter)
+        tensors["initial_states"] = normal(batch, nheads, headdim, dstate, **parameter)
     if seq_idx:
         tensors["seq_idx"] = documents(batch, seqlen, device=device, generator=generator)
     return tensors
@@ -134,15 +133,16 @@ def conv(
 ) -> dict[str, Tensor]:
     """Arguments of causal_conv1d_fn."""
     generator = torch.Generator().manual_seed(seed)
-    parameters = parameters or dtype
+    like: dict[str, Any] = {"dtype": dtype, "device": device, "generator": generator}
+    parameter = like | {"dtype": parameters or dtype}
     if channel_last:
-        x = normal(batch, seqlen, dim, dtype=dtype, device=device, generator=generator).transpose(1, 2)
+        x = normal(batch, seqlen, dim, **like).transpose(1, 2)
     else:
-        x = normal(batch, dim, seqlen, dtype=dtype, device=device, generator=generator)
-    tensors = {"x": x, "weight": normal(dim, width, dtype=parameters, device=device, scale=0.5, generator=generator)}
+        x = normal(batch, dim, seqlen, **like)
+    tensors = {"x": x, "weight": normal(dim, width, scale=0.5, **parameter)}
     if optional:
-        tensors["bias"] = normal(dim, dtype=parameters, device=device, generator=generator)
-        tensors["initial_states"] = normal(batch, dim, width - 1, dtype=dtype, device=device, generator=generator)
+        tensors["bias"] = normal(dim, **parameter)
+        tensors["initial_states"] = normal(batch, dim, width - 1, **like)
     if seq_idx:
         tensors["seq_idx"] = documents(batch, seqlen, device=device, generator=generator)
     return tensors
@@ -273,27 +273,26 @@ def split_conv1d_scan(
 ) -> dict[str, Tensor]:
     """Arguments of mamba_split_conv1d_scan_combined, D of (nheads, headdim)."""
     generator = torch.Generator().manual_seed(seed)
-    like: dict[str, Any] = {"dtype": parameters or dtype, "device": device, "generator": generator}
+    like: dict[str, Any] = {"dtype": dtype, "device": device, "generator": generator}
+    parameter = like | {"dtype": parameters or dtype}
     dim = nheads * headdim
     conv_dim = dim + 2 * ngroups * dstate
     tensors = {
-        "zxbcdt": normal(batch, seqlen, dim + conv_dim + nheads, dtype=dtype, device=device, generator=generator),
-        "conv1d_weight": normal(conv_dim, width, scale=0.5, **like),
-        "conv1d_bias": normal(conv_dim, **like),
-        "dt_bias": normal(nheads, **like),
-        "A": -normal(nheads, **like).abs(),
-        "D": normal(nheads, headdim, **like),
+        "zxbcdt": normal(batch, seqlen, dim + conv_dim + nheads, **like),
+        "conv1d_weight": normal(conv_dim, width, scale=0.5, **parameter),
+        "conv1d_bias": normal(conv_dim, **parameter),
+        "dt_bias": normal(nheads, **parameter),
+        "A": -normal(nheads, **parameter).abs(),
+        "D": normal(nheads, headdim, **parameter),
     }
     if norm:
-        tensors["rmsnorm_weight"] = normal(dim, **like)
+        tensors["rmsnorm_weight"] = normal(dim, **parameter)
     if outproj:
-        tensors["outproj_weight"] = normal(5, dim, dtype=dtype, device=device, scale=dim**-0.5, generator=generator)
-        tensors["outproj_bias"] = normal(5, dtype=dtype, device=device, generator=generator)
+        tensors["outproj_weight"] = normal(5, dim, scale=dim**-0.5, **like)
+        tensors["outproj_bias"] = normal(5, **like)
     if states:
-        tensors["initial_states"] = normal(batch, nheads, headdim, dstate, **like)
-        tensors["initial_conv_states"] = normal(
-            batch, conv_dim, width - 1, dtype=dtype, device=device, generator=generator
-        )
+        tensors["initial_states"] = normal(batch, nheads, headdim, dstate, **parameter)
+        tensors["initial_conv_states"] = normal(batch, conv_dim, width - 1, **like)
     if seq_idx:
         tensors["seq_idx"] = documents(batch, seqlen, device=device, generator=generator)
     return tensors
