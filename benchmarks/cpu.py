@@ -8,7 +8,6 @@ taken in a process of its own for each side.
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 
 import peers
 import torch
+from machine import processor
 from torch import Tensor
 
 import oxiscan
@@ -104,11 +104,6 @@ def measure_memory(name: str, side: str) -> float:
     call = sides(name)[side]
     forward_backward(call, arguments(name, seqlen=256))()
     return peak_memory(forward_backward(call, arguments(name))) / 1e6
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def main() -> None:

@@ -3,41 +3,27 @@
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Device, Rows, TensorArg, View, tuple};
 
-/// The backend that runs a call, by the device of its first tensor.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Backend {
-    Cpu,
-}
-
 /// What the first tensor of a call decides for the others: device and dtype.
 pub struct Checker<'a> {
     first: &'static str,
     device: &'a Device,
     pub dtype: DType,
-    pub backend: Backend,
 }
 
 impl<'a> Checker<'a> {
     pub fn new(arg: &'static str, tensor: &'a TensorArg) -> Result<Self> {
-        tensor.check(arg)?;
-        let backend = match &tensor.device {
-            Device::Cpu => Backend::Cpu,
-            Device::Other(name) => {
-                return Err(Error::Unsupported {
-                    arg,
-                    got: format!("a tensor on {name}"),
-                    allowed: "cpu, the only backend of this build".into(),
-                });
-            }
-        };
-        if !DType::FLOATS.contains(&tensor.dtype) {
-            return Err(Error::Type {
-                arg,
-                got: tensor.dtype.name().into(),
-                allowed: DType::FLOATS.map(DType::name).join(", "),
-            });
+        let device = &tensor.device;
+        let check = Checker { first: arg, device, dtype: tensor.dtype };
+        check.expect(arg, tensor, check.floats())?;
+        Ok(check)
+    }
+
+    /// The floating dtypes that this device computes on.
+    fn floats(&self) -> &'static [DType] {
+        match self.device {
+            Device::Cuda(_) => &DType::FLOATS_ON_CUDA,
+            _ => &DType::FLOATS,
         }
-        Ok(Checker { first: arg, device: &tensor.device, dtype: tensor.dtype, backend })
     }
 
     fn expect(&self, arg: &'static str, tensor: &TensorArg, allowed: &[DType]) -> Result<()> {
@@ -52,10 +38,11 @@ impl<'a> Checker<'a> {
         if !allowed.contains(&tensor.dtype) {
             let mut names: Vec<_> = allowed.iter().map(|dtype| dtype.name()).collect();
             names.dedup();
+            let separator = if names.len() > 2 { ", " } else { " or " };
             return Err(Error::Type {
                 arg,
                 got: tensor.dtype.name().into(),
-                allowed: names.join(" or "),
+                allowed: names.join(separator),
             });
         }
         Ok(())
@@ -112,7 +99,7 @@ impl<'a> Checker<'a> {
         tensor: &TensorArg,
         shape: [(&str, impl Into<Option<usize>>); N],
     ) -> Result<View<N>> {
-        self.expect(arg, tensor, &DType::FLOATS)?;
+        self.expect(arg, tensor, self.floats())?;
         tensor.view_of(arg, shape)
     }
 

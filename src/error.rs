@@ -14,6 +14,10 @@ pub enum Error {
     /// Something the op will take once it is written.
     #[error("{arg}: got {got}; allowed: {allowed}")]
     Unsupported { arg: &'static str, got: String, allowed: String },
+    /// What the CUDA driver refused or lacks, and what to do about it.
+    #[cfg(feature = "cuda")]
+    #[error("cuda: {0}")]
+    Cuda(String),
     /// A bug in this crate: a panic caught at the boundary.
     #[error("internal error, please report it: {0}")]
     Internal(String),
@@ -28,6 +32,8 @@ impl From<Error> for PyErr {
             Error::Value { .. } => PyValueError::new_err(message),
             Error::Type { .. } => PyTypeError::new_err(message),
             Error::Unsupported { .. } => PyNotImplementedError::new_err(message),
+            #[cfg(feature = "cuda")]
+            Error::Cuda(_) => PyRuntimeError::new_err(message),
             Error::Internal(_) => PyRuntimeError::new_err(message),
         }
     }

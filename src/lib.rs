@@ -1,8 +1,12 @@
 //! `oxiscan._C`: the kernels of state-space models, called from `python/oxiscan/ops`.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod dims;
+mod dlpack;
 mod error;
+mod info;
 mod ops;
 mod tensor;
 mod torch;
@@ -11,6 +15,8 @@ use pyo3::prelude::*;
 
 #[pymodule(gil_used = true)]
 mod _C {
+    #[pymodule_export]
+    use crate::info::{build_info, cuda_driver_version, cuda_kernels};
     #[pymodule_export]
     use crate::ops::causal_conv1d::{causal_conv1d_backward, causal_conv1d_forward};
     #[pymodule_export]
@@ -26,5 +32,5 @@ mod _C {
     #[pymodule_export]
     use crate::ops::state_passing::{state_passing_backward, state_passing_forward};
     #[pymodule_export]
-    use crate::torch::{build_info, panic_on_purpose};
+    use crate::torch::panic_on_purpose;
 }

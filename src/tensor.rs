@@ -21,6 +21,8 @@ pub enum DType {
 
 impl DType {
     pub const FLOATS: [DType; 4] = [DType::F32, DType::F64, DType::BF16, DType::F16];
+    /// Without float64, which GPUs that people train on compute at a fraction of the speed.
+    pub const FLOATS_ON_CUDA: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
     pub const INTEGERS: [DType; 2] = [DType::I32, DType::I64];
 
     /// torch's name for it.
@@ -53,7 +55,9 @@ impl DType {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Device {
     Cpu,
-    /// A device without a backend in this build, by torch's name for it.
+    /// By torch's index.
+    Cuda(usize),
+    /// A device without a backend, by torch's name for it.
     Other(String),
 }
 
@@ -61,6 +65,7 @@ impl std::fmt::Display for Device {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Device::Cpu => f.write_str("cpu"),
+            Device::Cuda(index) => write!(f, "cuda:{index}"),
             Device::Other(name) => f.write_str(name),
         }
     }
@@ -105,7 +110,7 @@ pub struct TensorArg {
     shape: [usize; MAX_DIMS],
     strides: [isize; MAX_DIMS],
     /// What came and what is allowed, where Python's object cannot be taken.
-    refused: Option<(String, String)>,
+    refused: Option<Box<(String, String)>>,
 }
 
 // SAFETY: a TensorArg is a description. Its memory is reached through View and Rows only, whose users read inputs
@@ -130,15 +135,16 @@ impl TensorArg {
     /// An argument that `check` will refuse.
     pub fn refused(got: String, allowed: String) -> Self {
         let nothing = TensorArg::new(std::ptr::null_mut(), DType::F32, Device::Cpu, 0);
-        TensorArg { refused: Some((got, allowed)), ..nothing }
+        TensorArg { refused: Some(Box::new((got, allowed))), ..nothing }
     }
 
     /// Fail unless Python passed a tensor of a known kind.
     pub fn check(&self, arg: &'static str) -> Result<()> {
         match &self.refused {
             None => Ok(()),
-            Some((got, allowed)) => {
-                Err(Error::Type { arg, got: got.clone(), allowed: allowed.clone() })
+            Some(refused) => {
+                let (got, allowed) = *refused.clone();
+                Err(Error::Type { arg, got, allowed })
             }
         }
     }
@@ -150,6 +156,12 @@ impl TensorArg {
 
     pub fn shape(&self) -> &[usize] {
         &self.shape[..self.ndim]
+    }
+
+    /// Whether it can be the imaginary part of complex numbers, the one kind of tensor that torch negates lazily. Asking
+    /// torch takes as long as reading the tensor.
+    pub fn may_be_imaginary(&self) -> bool {
+        self.strides[..self.ndim].iter().all(|stride| stride % 2 == 0)
     }
 
     /// The error of an argument, if it is a tensor at all, whose shape is none of those that `allowed` lists.
@@ -497,6 +509,19 @@ impl<const N: usize> View<N> {
     }
 }
 
+#[cfg(feature = "cuda")]
+impl<const N: usize> View<N> {
+    /// Where the first element is. Only the device's own code may follow it.
+    pub fn data(&self) -> *mut u8 {
+        self.ptr
+    }
+
+    /// In elements.
+    pub fn strides(&self) -> &[isize; N] {
+        &self.strides
+    }
+}
+
 /// A tensor as rows along its last dimension, whatever the number and strides of the others.
 #[derive(Clone, Debug)]
 pub struct Rows {
@@ -531,6 +556,28 @@ impl Rows {
             shape: [self.len],
             strides: [self.stride],
         }
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl Rows {
+    /// Where the first element is. Only the device's own code may follow it.
+    pub fn data(&self) -> *mut u8 {
+        self.ptr
+    }
+
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Elements from one of a row to the next.
+    pub fn step(&self) -> isize {
+        self.stride
+    }
+
+    /// Size and stride of each leading dimension.
+    pub fn outer(&self) -> &[(usize, isize)] {
+        &self.outer
     }
 }
 

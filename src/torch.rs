@@ -6,14 +6,20 @@ use pyo3::exceptions::PyRuntimeError;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyDict, PyTuple, PyType};
+use pyo3::types::{PyTuple, PyType};
 
+use crate::dlpack::Reader;
 use crate::error::{Error, Result};
 use crate::tensor::{DType, Device, MAX_DIMS, TensorArg};
 
 struct Torch {
     tensor: Py<PyType>,
+    parameter: Py<PyAny>,
+    reader: Option<Reader>,
     get_num_threads: Py<PyAny>,
+    /// Where `reader` does not say it.
+    #[cfg(feature = "cuda")]
+    current_stream: Py<PyAny>,
     /// torch's dtype objects are singletons: comparing identity is enough, and cheap.
     dtypes: Vec<(Py<PyAny>, DType)>,
 }
@@ -29,13 +35,25 @@ impl Torch {
                 .chain(&DType::INTEGERS)
                 .map(|dtype| Ok((torch.getattr(dtype.name())?.unbind(), *dtype)))
                 .collect::<PyResult<_>>()?;
+            let tensor = torch.getattr("Tensor")?.cast_into::<PyType>()?;
             Ok(Torch {
-                tensor: torch.getattr("Tensor")?.cast_into::<PyType>()?.unbind(),
+                reader: Reader::of(&tensor),
+                tensor: tensor.unbind(),
+                parameter: torch.getattr("nn")?.getattr("Parameter")?.unbind(),
+                #[cfg(feature = "cuda")]
+                current_stream: current_stream(py, &torch)?,
                 get_num_threads: torch.getattr("get_num_threads")?.unbind(),
                 dtypes,
             })
         })
     }
+}
+
+/// torch's function from the index of a CUDA device to its current stream; a torch without CUDA has no such tensor either.
+#[cfg(feature = "cuda")]
+fn current_stream(py: Python<'_>, torch: &Bound<'_, PyModule>) -> PyResult<Py<PyAny>> {
+    let functions = torch.getattr("_C")?;
+    Ok(functions.getattr("_cuda_getCurrentRawStream").map_or_else(|_| py.None(), Bound::unbind))
 }
 
 impl<'py> FromPyObject<'_, 'py> for TensorArg {
@@ -53,6 +71,11 @@ impl<'py> FromPyObject<'_, 'py> for TensorArg {
     }
 }
 
+/// Whether it is a lazily negated view. That shares its base's memory: reading it would lose the sign.
+fn is_neg(tensor: &Bound<'_, PyAny>) -> PyResult<bool> {
+    tensor.call_method0(intern!(tensor.py(), "is_neg"))?.is_truthy()
+}
+
 impl TensorArg {
     fn without_memory(object: Borrowed<'_, '_, PyAny>) -> PyResult<Self> {
         let got = format!("a {} without memory of its own", object.get_type().name()?);
@@ -62,6 +85,14 @@ impl TensorArg {
     fn read(object: Borrowed<'_, '_, PyAny>) -> PyResult<Self> {
         let py = object.py();
         let torch = Torch::get(py)?;
+        // A subclass's memory may be elsewhere, and the reader loses the sign of a lazily negated view.
+        let own_type = object.get_type();
+        if (own_type.is(&torch.tensor) || own_type.is(&torch.parameter))
+            && let Some(arg) = torch.reader.and_then(|reader| reader.read(&object))
+            && (!arg.may_be_imaginary() || !is_neg(&object)?)
+        {
+            return Ok(arg);
+        }
         if !object.is_instance(torch.tensor.bind(py))? {
             let got = object.get_type().name()?.to_string();
             return Ok(TensorArg::refused(got, "torch.Tensor".into()));
@@ -76,10 +107,13 @@ impl TensorArg {
             Device::Cpu
         } else {
             let device = object.getattr(intern!(py, "device"))?;
-            Device::Other(device.str()?.to_string_lossy().into_owned())
+            if object.getattr(intern!(py, "is_cuda"))?.is_truthy()? {
+                Device::Cuda(device.getattr(intern!(py, "index"))?.extract()?)
+            } else {
+                Device::Other(device.str()?.to_string_lossy().into_owned())
+            }
         };
-        // A lazily negated view shares its base's memory: reading that would lose the sign.
-        if object.call_method0(intern!(py, "is_neg"))?.is_truthy()? {
+        if is_neg(&object)? {
             let got = "a lazily negated view".into();
             return Ok(TensorArg::refused(got, "tensor.resolve_neg()".into()));
         }
@@ -95,7 +129,7 @@ impl TensorArg {
         let data = object.call_method0(intern!(py, "data_ptr"))?.extract::<usize>()?;
         // DTensor, FakeTensor and other subclasses are tensors whose memory, if any, is elsewhere.
         let is_empty = object.call_method0(intern!(py, "numel"))?.extract::<usize>()? == 0;
-        if device == Device::Cpu && data == 0 && !is_empty {
+        if !matches!(device, Device::Other(_)) && data == 0 && !is_empty {
             return TensorArg::without_memory(object);
         }
         if data % dtype.size() != 0 {
@@ -111,15 +145,79 @@ impl TensorArg {
     }
 }
 
-/// Run an op: without the GIL, with torch's thread count, a panic turned into an exception.
+/// Where a call runs, and what it needs there of torch.
+pub enum Backend {
+    /// With as many threads as torch has.
+    Cpu { threads: usize },
+    /// On torch's current stream of the tensors' device.
+    #[cfg(feature = "cuda")]
+    Cuda(crate::cuda::launch::Stream),
+}
+
+impl Backend {
+    /// The backend of a call, by the device of its first tensor.
+    fn of(py: Python<'_>, arg: &'static str, tensor: &TensorArg) -> PyResult<Self> {
+        match tensor.device {
+            Device::Cpu => Ok(Backend::Cpu { threads: threads(py)? }),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(index) => {
+                let torch = Torch::get(py)?;
+                let raw = match torch.reader.and_then(|reader| reader.current_stream(index)) {
+                    Some(raw) => raw,
+                    None => torch.current_stream.bind(py).call1((index,))?.extract()?,
+                };
+                Ok(Backend::Cuda(crate::cuda::launch::Stream::new(index, raw)?))
+            }
+            #[cfg(not(feature = "cuda"))]
+            Device::Cuda(_) => {
+                Err(no_backend(arg, tensor, "cpu, the only backend of this build").into())
+            }
+            Device::Other(_) => Err(no_backend(arg, tensor, "cpu, cuda").into()),
+        }
+    }
+}
+
+fn threads(py: Python<'_>) -> PyResult<usize> {
+    Torch::get(py)?.get_num_threads.bind(py).call0()?.extract()
+}
+
+fn no_backend(arg: &'static str, tensor: &TensorArg, allowed: impl Into<String>) -> Error {
+    let got = format!("a tensor on {}", tensor.device);
+    Error::Unsupported { arg, got, allowed: allowed.into() }
+}
+
+/// Run an op on the device of its first tensor, `arg`: without the GIL, a panic turned into an exception.
 ///
 /// The caller's tensors outlive this call: Python holds them as arguments of the function that calls it.
-pub fn run<F>(py: Python<'_>, op: F) -> PyResult<()>
+pub fn run<F>(py: Python<'_>, arg: &'static str, first: &TensorArg, op: F) -> PyResult<()>
+where
+    F: FnOnce(Backend) -> Result<()> + Send,
+{
+    let backend = Backend::of(py, arg, first)?;
+    detached(py, || op(backend))
+}
+
+/// `run` of an op that has no other backend than the CPU, with its number of threads.
+pub fn run_on_cpu<F>(
+    py: Python<'_>,
+    name: &str,
+    arg: &'static str,
+    first: &TensorArg,
+    op: F,
+) -> PyResult<()>
 where
     F: FnOnce(usize) -> Result<()> + Send,
 {
-    let threads = Torch::get(py)?.get_num_threads.bind(py).call0()?.extract::<usize>()?;
-    let outcome = py.detach(|| catch_unwind(AssertUnwindSafe(|| op(threads))));
+    if first.device != Device::Cpu {
+        let allowed = format!("cpu, the only backend of {name} so far");
+        return Err(no_backend(arg, first, allowed).into());
+    }
+    let threads = threads(py)?;
+    detached(py, || op(threads))
+}
+
+fn detached(py: Python<'_>, op: impl FnOnce() -> Result<()> + Send) -> PyResult<()> {
+    let outcome = py.detach(|| catch_unwind(AssertUnwindSafe(op)));
     outcome.unwrap_or_else(|panic| Err(Error::Internal(panic_message(&*panic))))?;
     Ok(())
 }
@@ -134,22 +232,12 @@ fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
     }
 }
 
-/// Version, backends and vector instructions of this build, for `python -m oxiscan.info`.
-#[pyfunction]
-pub fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
-    let info = PyDict::new(py);
-    info.set_item("version", env!("CARGO_PKG_VERSION"))?;
-    info.set_item("backends", ["cpu"])?;
-    info.set_item("simd", crate::cpu::simd_name())?;
-    info.set_item("profile", if cfg!(debug_assertions) { "debug" } else { "release" })?;
-    Ok(info)
-}
-
 /// Panic on purpose, in the calling thread or a worker: for the test that a panic reaches Python as an exception.
 #[pyfunction]
 #[pyo3(name = "_panic", signature = (message, worker = false))]
 pub fn panic_on_purpose(py: Python<'_>, message: String, worker: bool) -> PyResult<()> {
-    run(py, |threads| {
+    let threads = threads(py)?;
+    detached(py, || {
         if worker {
             return crate::cpu::pool::install(threads, || panic!("{message}"));
         }

@@ -319,6 +319,63 @@ def test_errors_name_the_argument(call, error, message):
         call()
 
 
+NORM = {"x": torch.ones(3, 8), "weight": torch.ones(8), "bias": torch.ones(8), "z": torch.ones(3, 8)}
+STEP = inputs.state_update(batch=2, dim=3, dstate=6, slots=2, intermediate=True, **F32)
+#: By op: valid arguments; one of them, what it is made into, the error. For every backend.
+REFUSED = {
+    "rmsnorm_gated": (
+        NORM,
+        [
+            ("x", lambda x: [1.0], TypeError, "x: got list; allowed: torch.Tensor"),
+            ("x", lambda x: x.int(), TypeError, "x: got int32; allowed: float32"),
+            ("weight", lambda weight: weight[:7], ValueError, r"weight: got shape \(7,\); allowed: \(dim\) = \(8,\)"),
+            ("weight", lambda weight: weight.half(), TypeError, "weight: got float16; allowed: float32"),
+            ("bias", lambda bias: bias.double(), TypeError, "bias: got float64; allowed: float32"),
+            ("z", lambda z: z[:, :7], ValueError, r"z: got shape \(3, 7\); allowed: \(3, 8\)"),
+            ("z", lambda z: z.half(), TypeError, "z: got float16; allowed: float32"),
+            ("x", lambda x: x.to("meta"), NotImplementedError, "x: got a tensor on meta; allowed: cpu"),
+            ("weight", lambda weight: weight.to("meta"), ValueError, "weight: got a tensor on meta; allowed: the dev"),
+            ("x", lambda x: x.to_sparse(), TypeError, "x: got a Tensor without memory of its own; allowed: a plain"),
+            ("group_size", lambda _: 3, ValueError, "group_size: got 3; allowed: a divisor of dim = 8"),
+            ("eps", lambda _: -1.0, ValueError, "eps: got -1.0; allowed: eps >= 0"),
+        ],
+    ),
+    "selective_state_update": (
+        STEP,
+        [
+            ("x", lambda x: x[..., :2], ValueError, "state: got shape"),
+            ("state", lambda state: state.int(), TypeError, "state: got int32; allowed: float32"),
+            ("state", lambda state: state[:1].expand_as(state), ValueError, "state: got strides"),
+            ("dt", lambda dt: dt[0], ValueError, r"dt: got shape \(4, 3\); allowed: \(batch, nheads, dim\) ="),
+            ("A", lambda A: A[..., :5], ValueError, "A: got shape"),
+            ("B", lambda B: B[:, :1].expand(-1, 3, -1), ValueError, "B: got ngroups = 3; allowed: a divisor of"),
+            ("C", lambda C: C[..., :5], ValueError, "C: got shape"),
+            ("C", lambda C: C.half(), TypeError, "C: got float16; allowed: float32"),
+            ("D", lambda D: D.to("meta"), ValueError, "D: got a tensor on meta; allowed: the device of x"),
+            ("z", lambda z: z[:1], ValueError, "z: got shape"),
+            ("dt_bias", lambda bias: bias.half(), TypeError, "dt_bias: got float16; allowed: float32"),
+            ("state_batch_indices", lambda i: i.float(), TypeError, "state_batch_indices: got float32; allowed: int"),
+            ("state_batch_indices", lambda i: i[:1], ValueError, r"state_batch_indices: got shape \(1,\)"),
+            ("intermediate_ssm_states", lambda t: t.int(), TypeError, "intermediate_ssm_states: got int32"),
+            ("intermediate_ssm_states", lambda t: t[:, :0], ValueError, "intermediate_ssm_states: got shape"),
+        ],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "change", "error", "message"),
+    [(name, *row) for name, (_, rows) in REFUSED.items() for row in rows],
+    ids=[row[-1] for _, rows in REFUSED.values() for row in rows],
+)
+def test_what_is_refused_on_every_backend(name, argument, change, error, message, device):
+    arguments = {n: t.to(device, copy=True) for n, t in REFUSED[name][0].items()}
+    before = {n: t.clone() for n, t in arguments.items()}
+    with pytest.raises(error, match=message):
+        getattr(oxiscan, name)(**arguments | {argument: change(arguments.get(argument))})
+    assert all(torch.equal(t, before[n]) for n, t in arguments.items())
+
+
 def test_a_device_without_a_backend_is_named():
     with pytest.raises(NotImplementedError, match="x: got a tensor on meta; allowed: cpu"):
         oxiscan.rmsnorm_gated(torch.ones(3, 8, device="meta"), torch.ones(8, device="meta"))

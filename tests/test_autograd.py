@@ -10,42 +10,42 @@ from oxiscan.testing import inputs
 CPU = torch.device("cpu")
 
 
-def conv_case(device):
-    tensors = inputs.conv(seqlen=20, dim=5, dtype=torch.float64, device=device)
+def conv_case(dtype, device):
+    tensors = inputs.conv(seqlen=20, dim=5, dtype=dtype, device=device)
     return lambda **t: oxiscan.causal_conv1d_fn(**t, activation="silu"), tensors
 
 
-def ssd_case(device):
-    tensors = inputs.ssd(seqlen=20, dtype=torch.float64, device=device)
+def ssd_case(dtype, device):
+    tensors = inputs.ssd(seqlen=20, dtype=dtype, device=device)
     return lambda **t: oxiscan.mamba_chunk_scan_combined(**t, chunk_size=8, dt_softplus=True), tensors
 
 
-def scan_case(device):
-    tensors = inputs.selective_scan(seqlen=20, dtype=torch.float64, device=device)
+def scan_case(dtype, device):
+    tensors = inputs.selective_scan(seqlen=20, dtype=dtype, device=device)
     return lambda **t: oxiscan.selective_scan_fn(**t, delta_softplus=True), tensors
 
 
-def inner_case(device):
-    tensors = inputs.mamba_inner(seqlen=20, norm=True, dtype=torch.float64, device=device)
+def inner_case(dtype, device):
+    tensors = inputs.mamba_inner(seqlen=20, norm=True, dtype=dtype, device=device)
     return oxiscan.mamba_inner_fn, tensors
 
 
-def passing_case(device):
+def passing_case(dtype, device):
     tensors = {
-        "states": inputs.normal(2, 3, 2, 4, 5, dtype=torch.float64, device=device),
-        "decay": -inputs.normal(2, 3, 2, dtype=torch.float64, device=device).abs(),
+        "states": inputs.normal(2, 3, 2, 4, 5, dtype=dtype, device=device),
+        "decay": -inputs.normal(2, 3, 2, dtype=dtype, device=device).abs(),
     }
     return lambda **t: oxiscan.state_passing(**t)[1], tensors
 
 
-def norm_case(device):
-    tensors = {name: inputs.normal(6, 8, dtype=torch.float64, device=device) for name in ("x", "z")}
-    tensors["weight"] = inputs.normal(8, dtype=torch.float64, device=device)
+def norm_case(dtype, device):
+    tensors = {name: inputs.normal(6, 8, dtype=dtype, device=device) for name in ("x", "z")}
+    tensors["weight"] = inputs.normal(8, dtype=dtype, device=device)
     return oxiscan.rmsnorm_gated, tensors
 
 
-def split_case(device):
-    tensors = inputs.split_conv1d_scan(seqlen=20, norm=True, outproj=True, dtype=torch.float64, device=device)
+def split_case(dtype, device):
+    tensors = inputs.split_conv1d_scan(seqlen=20, norm=True, outproj=True, dtype=dtype, device=device)
     return lambda **t: oxiscan.mamba_split_conv1d_scan_combined(**t, chunk_size=8, ngroups=2), tensors
 
 
@@ -53,8 +53,8 @@ CASES = [conv_case, ssd_case, scan_case, inner_case, passing_case, norm_case, sp
 
 
 @pytest.fixture(params=CASES, ids=lambda case: case.__name__.removesuffix("_case"))
-def case(request, device):
-    op, tensors = request.param(device)
+def case(request, exact, device):
+    op, tensors = request.param(exact, device)
     return op, {name: tensor.requires_grad_() for name, tensor in tensors.items()}
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import hypothesis
 import hypothesis.strategies as st
+import pytest
 import torch
 from hypothesis import given
 from torch import Tensor
@@ -24,6 +25,14 @@ DT_LIMITS = st.sampled_from([(0.0, float("inf")), (0.1, 1.0), (0.0, 0.5)])
 ACTIVATIONS = st.sampled_from([None, "silu", "swish"])
 INDICES = st.sampled_from([torch.int32, torch.int64])
 LAYOUTS = (*inputs.LAYOUTS, "expanded")
+#: The dtypes of the backend under test.
+FLOATS = list(inputs.FLOATS)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def drawn_dtypes(device):
+    """Nothing is drawn before."""
+    FLOATS[:] = inputs.floats(device)
 
 
 class Kind(NamedTuple):
@@ -68,7 +77,7 @@ def kinds(float32: tuple[str, ...] = (), optional: tuple[str, ...] = (), outputs
     return st.builds(
         Kind,
         st.integers(0, 2**32),
-        st.sampled_from(inputs.FLOATS),
+        st.deferred(lambda: st.sampled_from(FLOATS)),
         st.just(set()) | st.just(set(float32)) | st.sets(st.sampled_from(float32)) if float32 else st.just(set()),
         st.sets(st.sampled_from(optional)) if optional else st.just(set()),
         st.lists(st.sampled_from(LAYOUTS), min_size=1, max_size=16),
@@ -385,7 +394,7 @@ def heads(draw: st.DrawFn) -> dict[str, int]:
 DECAYS = st.sampled_from([1.0, 1.0, 0.0, 30.0, 1e4])
 #: Of A, where a negative dt makes the state grow: not out of float16's range.
 SLOW_GROWTH = 0.01
-STATE_DTYPES = st.sampled_from([None, *inputs.FLOATS])
+STATE_DTYPES = st.deferred(lambda: st.sampled_from([None, *FLOATS]))
 
 
 @given(

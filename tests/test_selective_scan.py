@@ -5,7 +5,8 @@ import torch
 
 import oxiscan
 from oxiscan import reference
-from oxiscan.testing import assert_close, compare, inputs, run, seeded_gradients
+from oxiscan.testing import TOLERANCES, assert_close, compare, inputs, run, seeded_gradients
+from oxiscan.testing.comparison import assert_equal, tolerance
 
 OP, REFERENCE = oxiscan.selective_scan_fn, reference.selective_scan_fn
 OPTIONS = {"delta_softplus": True, "return_last_state": True}
@@ -38,59 +39,59 @@ def test_float32_delta_alone(device):
 
 @pytest.mark.parametrize("seqlen", [0, 1, 2, 63, 64, 65, 127, 128, 129])
 @pytest.mark.parametrize("seq_idx", [False, True])
-def test_seqlen(seqlen, seq_idx, device):
-    compare_scan(inputs.selective_scan(seqlen=seqlen, seq_idx=seq_idx, dtype=torch.float64, device=device))
+def test_seqlen(seqlen, seq_idx, exact, device):
+    compare_scan(inputs.selective_scan(seqlen=seqlen, seq_idx=seq_idx, dtype=exact, device=device))
 
 
 @pytest.mark.parametrize("batch", [0, 1, 3])
 @pytest.mark.parametrize("fixed", ["", "BC"])
-def test_batch(batch, fixed, device):
-    compare_scan(inputs.selective_scan(batch=batch, fixed=fixed, dtype=torch.float64, device=device))
+def test_batch(batch, fixed, exact, device):
+    compare_scan(inputs.selective_scan(batch=batch, fixed=fixed, dtype=exact, device=device))
 
 
 @pytest.mark.parametrize(
     ("dim", "ngroups", "dstate"),
     [(1, 1, 1), (16, 1, 16), (17, 1, 3), (6, 6, 2), (96, 3, 5), (150, 1, 4), (3, None, 256)],
 )
-def test_sizes(dim, ngroups, dstate, device):
+def test_sizes(dim, ngroups, dstate, exact, device):
     shape = {"dim": dim, "ngroups": ngroups, "dstate": dstate}
-    compare_scan(inputs.selective_scan(seqlen=70, **shape, dtype=torch.float64, device=device))
+    compare_scan(inputs.selective_scan(seqlen=70, **shape, dtype=exact, device=device))
 
 
 @pytest.mark.parametrize("fixed", ["B", "C"])
-def test_one_fixed_beside_one_without_groups(fixed, device):
-    compare_scan(inputs.selective_scan(ngroups=None, fixed=fixed, dtype=torch.float64, device=device))
+def test_one_fixed_beside_one_without_groups(fixed, exact, device):
+    compare_scan(inputs.selective_scan(ngroups=None, fixed=fixed, dtype=exact, device=device))
 
 
-def test_without_groups_beside_one_group(device):
-    tensors = inputs.selective_scan(ngroups=1, dtype=torch.float64, device=device)
+def test_without_groups_beside_one_group(exact, device):
+    tensors = inputs.selective_scan(ngroups=1, dtype=exact, device=device)
     compare_scan(tensors | {"B": tensors["B"][:, 0]})
 
 
 @pytest.mark.parametrize("left_out", ["D", "z", "delta_bias", "initial_state"])
-def test_an_optional_argument_left_out(left_out, device):
-    tensors = inputs.selective_scan(seq_idx=True, dtype=torch.float64, device=device)
+def test_an_optional_argument_left_out(left_out, exact, device):
+    tensors = inputs.selective_scan(seq_idx=True, dtype=exact, device=device)
     del tensors[left_out]
     compare_scan(tensors)
 
 
-def test_no_optional_arguments(device):
-    tensors = inputs.selective_scan(optional=False, dtype=torch.float64, device=device)
+def test_no_optional_arguments(exact, device):
+    tensors = inputs.selective_scan(optional=False, dtype=exact, device=device)
     tensors["delta"] = tensors["delta"].abs()
     result = compare_scan(tensors, delta_softplus=False, return_last_state=False)
     assert "out1" not in result
 
 
 @pytest.mark.parametrize("fixed", ["", "BC"])
-def test_strided_inputs_and_gradients(fixed, device):
-    tensors = inputs.selective_scan(seqlen=70, fixed=fixed, seq_idx=True, dtype=torch.float64, device=device)
+def test_strided_inputs_and_gradients(fixed, exact, device):
+    tensors = inputs.selective_scan(seqlen=70, fixed=fixed, seq_idx=True, dtype=exact, device=device)
     dense = run(OP, tensors, OPTIONS)
     gradients = seeded_gradients([dense["out0"], dense["out1"]])
     seq_idx = tensors.pop("seq_idx")
     views = {name: inputs.strided(tensor) for name, tensor in tensors.items()}
     views["seq_idx"] = seq_idx.repeat(1, 2)[:, : seq_idx.shape[1]]
     view = run(OP, views, OPTIONS, [inputs.strided(gradient) for gradient in gradients])
-    assert all(torch.equal(dense[name], view[name]) for name in dense)
+    assert_equal(view, dense)
 
 
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
@@ -102,12 +103,12 @@ def test_channels_innermost_in_memory(dtype, device):
         for name, t in tensors.items()
     }
     view = run(OP, views, OPTIONS)
-    assert all(torch.equal(dense[name], view[name]) for name in dense)
+    assert_equal(view, dense)
     assert view["out0"].transpose(1, 2).is_contiguous()
 
 
-def test_expanded_inputs_and_gradients(device):
-    tensors = inputs.selective_scan(batch=1, seqlen=20, dtype=torch.float64, device=device)
+def test_expanded_inputs_and_gradients(exact, device):
+    tensors = inputs.selective_scan(batch=1, seqlen=20, dtype=exact, device=device)
     for name in ("u", "delta", "B", "initial_state"):
         tensors[name] = tensors[name].expand(2, *tensors[name].shape[1:])
     for name in ("C", "z"):
@@ -119,13 +120,13 @@ def test_expanded_inputs_and_gradients(device):
     OP(**leaves).sum().backward()
     expected = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
     REFERENCE(**expected).sum().backward()
-    assert_close("du", leaves["u"].grad, expected["u"].grad, 1e-9)
+    assert_close("du", leaves["u"].grad, expected["u"].grad, TOLERANCES[exact][1])
 
 
 @pytest.mark.parametrize("use", [0, 1, 2])
-def test_gradient_through_one_output_alone(use, device):
+def test_gradient_through_one_output_alone(use, exact, device):
     tensors = inputs.selective_scan(
-        batch=1, seqlen=80, lengths=(0, 30, 0, 41), seq_idx=True, dtype=torch.float64, device=device
+        batch=1, seqlen=80, lengths=(0, 30, 0, 41), seq_idx=True, dtype=exact, device=device
     )
 
     def gradients(op):
@@ -135,7 +136,7 @@ def test_gradient_through_one_output_alone(use, device):
 
     expected = gradients(REFERENCE)
     for name, gradient in gradients(OP).items():
-        assert_close(f"d{name}", gradient, expected[name], 1e-9)
+        assert_close(f"d{name}", gradient, expected[name], TOLERANCES[exact][1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -158,8 +159,8 @@ def test_a_long_sequence_in_float32(decay, fixed, device):
     )
 
 
-def test_no_decay_at_all(device):
-    compare_scan(inputs.selective_scan(dtype=torch.float64, decay=0.0, device=device))
+def test_no_decay_at_all(exact, device):
+    compare_scan(inputs.selective_scan(dtype=exact, decay=0.0, device=device))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -174,8 +175,8 @@ def test_softplus_of_large_negative_values(device):
     compare_scan(tensors | {"delta": tensors["delta"] - 16.0})
 
 
-def test_negative_ids_are_documents_like_any_other(device):
-    tensors = inputs.selective_scan(seq_idx=True, dtype=torch.float64, device=device)
+def test_negative_ids_are_documents_like_any_other(exact, device):
+    tensors = inputs.selective_scan(seq_idx=True, dtype=exact, device=device)
     compare_scan(tensors | {"seq_idx": tensors["seq_idx"] - 1})
 
 
@@ -204,10 +205,8 @@ def test_a_nan_stays_in_its_document(name, device):
 )
 @pytest.mark.parametrize("seq_idx", [False, True])
 @pytest.mark.parametrize("initial", ["none", "first", "each"])
-def test_cu_seqlens(lengths, seq_idx, initial, device):
-    tensors = inputs.selective_scan(
-        batch=1, seqlen=80, lengths=lengths, seq_idx=seq_idx, dtype=torch.float64, device=device
-    )
+def test_cu_seqlens(lengths, seq_idx, initial, exact, device):
+    tensors = inputs.selective_scan(batch=1, seqlen=80, lengths=lengths, seq_idx=seq_idx, dtype=exact, device=device)
     if initial == "none":
         del tensors["initial_state"]
     elif initial == "first":
@@ -225,8 +224,8 @@ def test_cu_seqlens_in_every_dtype(dtype, device):
 
 
 @pytest.mark.parametrize("lengths", [(0,), (0, 0)])
-def test_cu_seqlens_without_tokens(lengths, device):
-    tensors = inputs.selective_scan(batch=1, seqlen=0, lengths=lengths, dtype=torch.float64, device=device)
+def test_cu_seqlens_without_tokens(lengths, exact, device):
+    tensors = inputs.selective_scan(batch=1, seqlen=0, lengths=lengths, dtype=exact, device=device)
     result = compare_scan(tensors, return_varlen_states=True)
     assert torch.equal(result["out1"], tensors["initial_state"][:1])
     assert torch.equal(result["out2"], tensors["initial_state"])
@@ -247,8 +246,8 @@ def test_packed_documents_equal_documents_alone(device):
 
 
 @pytest.mark.parametrize("cut", [1, 50, 64, 96])
-def test_two_calls_with_a_carried_state_equal_one(cut, device):
-    tensors = inputs.selective_scan(dtype=torch.float64, device=device)
+def test_two_calls_with_a_carried_state_equal_one(cut, exact, device):
+    tensors = inputs.selective_scan(dtype=exact, device=device)
 
     def two_calls(initial_state, **tensors):
         options = {"delta_softplus": True, "return_last_state": True}
@@ -263,7 +262,7 @@ def test_two_calls_with_a_carried_state_equal_one(cut, device):
 
     once, twice = run(OP, tensors, OPTIONS), run(two_calls, tensors, OPTIONS)
     for name, value in once.items():
-        assert_close(name, twice[name], value, 1e-11)
+        assert_close(name, twice[name], value, tolerance(exact, 1e-11, gradient=name.startswith("d")))
 
 
 @pytest.mark.parametrize("dtype", inputs.FLOATS)
@@ -276,8 +275,8 @@ def test_steps_equal_the_scan(dtype, device):
         u, delta, B, C, z = (tensors[name][..., t] for name in ("u", "delta", "B", "C", "z"))
         parameters = {"D": tensors["D"], "dt_bias": tensors["delta_bias"], "dt_softplus": True}
         steps.append(oxiscan.selective_state_update(state, u, delta, tensors["A"], B, C, z=z, **parameters))
-    tolerance = 1e-10 if dtype == torch.float64 else 1e-5 if dtype == torch.float32 else 1e-3
-    assert_close("out", torch.stack(steps, dim=-1), out, tolerance)
+    allowed = 1e-10 if dtype == torch.float64 else 1e-5 if dtype == torch.float32 else 1e-3
+    assert_close("out", torch.stack(steps, dim=-1), out, allowed)
     assert_close("state", state, last_state, 1e-10 if dtype == torch.float64 else 1e-5)
 
 
@@ -306,7 +305,7 @@ def test_bits_do_not_depend_on_run_batch_or_threads(dtype, fixed, device):
 @pytest.mark.parametrize("op", [OP, REFERENCE])
 @pytest.mark.parametrize("fixed", ["", "B", "C", "BC"])
 @pytest.mark.parametrize("packed", [False, True])
-def test_gradcheck(op, fixed, packed, device):
+def test_gradcheck(op, fixed, packed, float64, device):
     seqlen = 67 if op is OP else 7
     tensors = inputs.selective_scan(
         batch=1,
@@ -316,7 +315,7 @@ def test_gradcheck(op, fixed, packed, device):
         dstate=2,
         fixed=fixed,
         lengths=(0, 1, seqlen - 2) if packed else None,
-        dtype=torch.float64,
+        dtype=float64,
         device=device,
     )
     tensors["seq_idx"] = inputs.documents(1, seqlen, mean_length=5, device=device)

@@ -6,6 +6,7 @@ import torch
 import oxiscan
 from oxiscan import reference
 from oxiscan.testing import TOLERANCES, assert_close, compare, inputs, relative_rms, run
+from oxiscan.testing.comparison import assert_equal, tolerance
 
 OP, REFERENCE = oxiscan.mamba_split_conv1d_scan_combined, reference.mamba_split_conv1d_scan_combined
 OPTIONS = {"chunk_size": 32, "ngroups": 2, "return_final_states": True, "return_final_conv_states": True}
@@ -35,8 +36,8 @@ def test_half_precision(dtype, norm, norm_before_gate, device):
 
 
 @pytest.mark.parametrize("batch", [0, 1])
-def test_batch_and_negative_ids(batch, device):
-    tensors = inputs.split_conv1d_scan(batch=batch, seq_idx=True, dtype=torch.float64, device=device)
+def test_batch_and_negative_ids(batch, exact, device):
+    tensors = inputs.split_conv1d_scan(batch=batch, seq_idx=True, dtype=exact, device=device)
     tensors["seq_idx"] -= 1
     compare(OP, REFERENCE, tensors, OPTIONS)
 
@@ -45,9 +46,9 @@ def test_batch_and_negative_ids(batch, device):
 def test_bits_do_not_depend_on_run_or_batch(dtype, device):
     tensors = inputs.split_conv1d_scan(batch=3, norm=True, seq_idx=True, dtype=dtype, device=device)
     gradients = [
-        torch.randn(3, 75, 32).to(dtype),
-        torch.randn(3, 4, 8, 10),
-        torch.randn(3, 72, 3).to(dtype),
+        torch.randn(3, 75, 32).to(device, dtype),
+        torch.randn(3, 4, 8, 10).to(device),
+        torch.randn(3, 72, 3).to(device, dtype),
     ]
     first, again = (run(OP, tensors, OPTIONS, gradients) for _ in range(2))
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -59,13 +60,13 @@ def test_bits_do_not_depend_on_run_or_batch(dtype, device):
 
 
 @pytest.mark.parametrize("seqlen", [0, 1, 2, 3, 64, 65])
-def test_seqlen(seqlen, device):
-    compare(OP, REFERENCE, inputs.split_conv1d_scan(seqlen=seqlen, dtype=torch.float64, device=device), OPTIONS)
+def test_seqlen(seqlen, exact, device):
+    compare(OP, REFERENCE, inputs.split_conv1d_scan(seqlen=seqlen, dtype=exact, device=device), OPTIONS)
 
 
 @pytest.mark.parametrize("norm", [False, True])
-def test_output_projection(norm, device):
-    tensors = inputs.split_conv1d_scan(norm=norm, outproj=True, dtype=torch.float64, device=device)
+def test_output_projection(norm, exact, device):
+    tensors = inputs.split_conv1d_scan(norm=norm, outproj=True, dtype=exact, device=device)
     compare(OP, REFERENCE, tensors, OPTIONS)
 
 
@@ -86,13 +87,13 @@ def test_output_projection_follows_autocast(device):
 
 
 @pytest.mark.parametrize("options", [{"activation": None}, {"dt_limit": (0.1, 1.0)}, {"rmsnorm_eps": 0.1}])
-def test_options(options, device):
-    tensors = inputs.split_conv1d_scan(norm=True, dtype=torch.float64, device=device)
+def test_options(options, exact, device):
+    tensors = inputs.split_conv1d_scan(norm=True, dtype=exact, device=device)
     compare(OP, REFERENCE, tensors, OPTIONS | options)
 
 
-def test_D_by_head_and_no_states(device):
-    tensors = inputs.split_conv1d_scan(states=False, dtype=torch.float64, device=device)
+def test_D_by_head_and_no_states(exact, device):
+    tensors = inputs.split_conv1d_scan(states=False, dtype=exact, device=device)
     tensors["D"] = tensors["D"][:, 0].clone()
     del tensors["conv1d_bias"]
     options = {"chunk_size": 32, "ngroups": 2, "headdim": 8, "conv1d_bias": None}
@@ -100,22 +101,22 @@ def test_D_by_head_and_no_states(device):
     assert list(result)[:1] == ["out0"] and "out1" not in result
 
 
-def test_seqlen_first_in_memory_needs_no_copy_and_gives_the_same(device):
-    tensors = inputs.split_conv1d_scan(norm=True, dtype=torch.float64, device=device)
-    gradient = torch.randn(2, 75, 32, dtype=torch.float64, device=device)
+def test_seqlen_first_in_memory_needs_no_copy_and_gives_the_same(exact, device):
+    tensors = inputs.split_conv1d_scan(norm=True, dtype=exact, device=device)
+    gradient = inputs.normal(2, 75, 32, dtype=exact, device=device)
     options = {"chunk_size": 32, "ngroups": 2}
     dense = run(OP, tensors, options, [gradient])
     seqlen_first = tensors | {"zxbcdt": tensors["zxbcdt"].transpose(0, 1).contiguous().transpose(0, 1)}
     view = run(OP, seqlen_first, options, [inputs.strided(gradient)])
-    assert all(torch.equal(dense[name], view[name]) for name in dense)
+    assert_equal(view, dense)
     assert view["out0"].transpose(0, 1).is_contiguous()
     assert view["dzxbcdt"].transpose(0, 1).is_contiguous()
 
 
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("output", [0, 1, 2])
-def test_gradient_through_one_output_alone(norm, output, device):
-    tensors = inputs.split_conv1d_scan(norm=norm, dtype=torch.float64, device=device)
+def test_gradient_through_one_output_alone(norm, output, exact, device):
+    tensors = inputs.split_conv1d_scan(norm=norm, dtype=exact, device=device)
 
     def gradients(op):
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
@@ -124,11 +125,11 @@ def test_gradient_through_one_output_alone(norm, output, device):
 
     expected = gradients(REFERENCE)
     for name, gradient in gradients(OP).items():
-        assert_close(f"d{name}", gradient, expected[name], 1e-9)
+        assert_close(f"d{name}", gradient, expected[name], TOLERANCES[exact][1])
 
 
-def test_documents_do_not_leak(device):
-    tensors = inputs.split_conv1d_scan(batch=1, seqlen=100, norm=True, dtype=torch.float64, device=device)
+def test_documents_do_not_leak(exact, device):
+    tensors = inputs.split_conv1d_scan(batch=1, seqlen=100, norm=True, dtype=exact, device=device)
     seq_idx = torch.zeros(1, 100, dtype=torch.int32, device=device)
     seq_idx[:, 37:70] = 1
     tensors["seq_idx"] = seq_idx
@@ -144,23 +145,23 @@ def test_documents_do_not_leak(device):
         assert torch.equal(before[name], after[name])
 
 
-def test_carried_states_equal_one_call(device):
-    tensors = inputs.split_conv1d_scan(dtype=torch.float64, device=device)
+def test_carried_states_equal_one_call(exact, device):
+    tensors = inputs.split_conv1d_scan(dtype=exact, device=device)
     once = OP(**tensors, **OPTIONS)
     zxbcdt = tensors.pop("zxbcdt")
     first = OP(zxbcdt[:, :41], **tensors, **OPTIONS)
     tensors |= {"initial_states": first[1], "initial_conv_states": first[2]}
     second = OP(zxbcdt[:, 41:], **tensors, **OPTIONS)
-    assert_close("out", torch.cat([first[0], second[0]], dim=1), once[0], 1e-12)
-    assert_close("final_states", second[1], once[1], 1e-12)
+    assert_close("out", torch.cat([first[0], second[0]], dim=1), once[0], tolerance(exact, 1e-12))
+    assert_close("final_states", second[1], once[1], tolerance(exact, 1e-12))
     assert torch.equal(second[2], once[2])
 
 
 @pytest.mark.parametrize("op", [OP, REFERENCE])
 @pytest.mark.parametrize("norm", [False, True])
-def test_gradcheck(op, norm, device):
+def test_gradcheck(op, norm, float64, device):
     tensors = inputs.split_conv1d_scan(
-        batch=1, seqlen=5, nheads=2, headdim=2, ngroups=1, dstate=2, norm=norm, dtype=torch.float64, device=device
+        batch=1, seqlen=5, nheads=2, headdim=2, ngroups=1, dstate=2, norm=norm, dtype=float64, device=device
     )
     leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
     seq_idx = torch.tensor([[0, 0, 0, 1, 1]], dtype=torch.int32, device=device)

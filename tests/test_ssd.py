@@ -5,7 +5,8 @@ import torch
 
 import oxiscan
 from oxiscan import reference
-from oxiscan.testing import assert_close, compare, inputs, run, seeded_gradients
+from oxiscan.testing import TOLERANCES, assert_close, compare, inputs, run, seeded_gradients
+from oxiscan.testing.comparison import assert_equal, tolerance
 
 OPTIONS = {"chunk_size": 64, "dt_softplus": True, "return_final_states": True}
 
@@ -27,43 +28,43 @@ def test_float32_parameters(dtype, device):
 
 @pytest.mark.parametrize("seqlen", [0, 1, 2, 63, 64, 65, 128, 129])
 @pytest.mark.parametrize("seq_idx", [False, True])
-def test_seqlen(seqlen, seq_idx, device):
-    compare_ssd(inputs.ssd(seqlen=seqlen, seq_idx=seq_idx, dtype=torch.float64, device=device))
+def test_seqlen(seqlen, seq_idx, exact, device):
+    compare_ssd(inputs.ssd(seqlen=seqlen, seq_idx=seq_idx, dtype=exact, device=device))
 
 
 @pytest.mark.parametrize("batch", [0, 1, 3])
-def test_batch(batch, device):
-    compare_ssd(inputs.ssd(batch=batch, seqlen=70, dtype=torch.float64, device=device))
+def test_batch(batch, exact, device):
+    compare_ssd(inputs.ssd(batch=batch, seqlen=70, dtype=exact, device=device))
 
 
 @pytest.mark.parametrize(
     ("nheads", "ngroups", "headdim", "dstate"),
     [(1, 1, 1, 1), (3, 1, 64, 128), (6, 3, 80, 16), (4, 4, 5, 7), (8, 2, 96, 33)],
 )
-def test_sizes(nheads, ngroups, headdim, dstate, device):
+def test_sizes(nheads, ngroups, headdim, dstate, exact, device):
     shape = {"nheads": nheads, "ngroups": ngroups, "headdim": headdim, "dstate": dstate}
-    compare_ssd(inputs.ssd(batch=1, seqlen=70, **shape, dtype=torch.float64, device=device))
+    compare_ssd(inputs.ssd(batch=1, seqlen=70, **shape, dtype=exact, device=device))
 
 
 @pytest.mark.parametrize("left_out", ["D", "z", "dt_bias", "initial_states"])
-def test_an_optional_argument_left_out(left_out, device):
-    tensors = inputs.ssd(seq_idx=True, dtype=torch.float64, device=device)
+def test_an_optional_argument_left_out(left_out, exact, device):
+    tensors = inputs.ssd(seq_idx=True, dtype=exact, device=device)
     del tensors[left_out]
     compare_ssd(tensors)
 
 
-def test_no_optional_arguments(device):
-    tensors = inputs.ssd(optional=False, dtype=torch.float64, device=device)
+def test_no_optional_arguments(exact, device):
+    tensors = inputs.ssd(optional=False, dtype=exact, device=device)
     tensors["dt"] = tensors["dt"].abs()
     compare_ssd(tensors, dt_softplus=False, return_final_states=False)
 
 
-def test_D_by_element(device):
-    compare_ssd(inputs.ssd(D="elements", dtype=torch.float64, device=device))
+def test_D_by_element(exact, device):
+    compare_ssd(inputs.ssd(D="elements", dtype=exact, device=device))
 
 
-def test_dt_limit_clamps_after_softplus_and_stops_the_gradient(device):
-    tensors = inputs.ssd(dtype=torch.float64, device=device)
+def test_dt_limit_clamps_after_softplus_and_stops_the_gradient(exact, device):
+    tensors = inputs.ssd(dtype=exact, device=device)
     result = compare_ssd(tensors, dt_limit=(0.3, 1.1))
     dt = torch.nn.functional.softplus(tensors["dt"] + tensors["dt_bias"])
     clamped = (dt < 0.3) | (dt > 1.1)
@@ -72,8 +73,8 @@ def test_dt_limit_clamps_after_softplus_and_stops_the_gradient(device):
     assert (result["ddt"][~clamped] != 0).all()
 
 
-def test_strided_inputs_and_gradients(device):
-    tensors = inputs.ssd(seqlen=70, seq_idx=True, dtype=torch.float64, device=device)
+def test_strided_inputs_and_gradients(exact, device):
+    tensors = inputs.ssd(seqlen=70, seq_idx=True, dtype=exact, device=device)
     dense = run(oxiscan.mamba_chunk_scan_combined, tensors, OPTIONS)
     gradients = [torch.randn_like(dense["out0"]), torch.randn_like(dense["out1"])]
     dense = run(oxiscan.mamba_chunk_scan_combined, tensors, OPTIONS, gradients)
@@ -82,11 +83,11 @@ def test_strided_inputs_and_gradients(device):
     views["seq_idx"] = seq_idx.repeat(1, 2)[:, : seq_idx.shape[1]]
     gradients = [inputs.strided(gradient) for gradient in gradients]
     view = run(oxiscan.mamba_chunk_scan_combined, views, OPTIONS, gradients)
-    assert all(torch.equal(dense[name], view[name]) for name in dense)
+    assert_equal(view, dense)
 
 
-def test_expanded_inputs_and_gradients(device):
-    tensors = inputs.ssd(batch=1, seqlen=20, dtype=torch.float64, device=device)
+def test_expanded_inputs_and_gradients(exact, device):
+    tensors = inputs.ssd(batch=1, seqlen=20, dtype=exact, device=device)
     for name in ("x", "dt", "B"):
         tensors[name] = tensors[name].expand(2, *tensors[name].shape[1:])
     for name in ("C", "z", "initial_states"):
@@ -96,12 +97,12 @@ def test_expanded_inputs_and_gradients(device):
     oxiscan.mamba_chunk_scan_combined(**leaves, chunk_size=8).sum().backward()
     expected = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
     reference.mamba_chunk_scan_combined(**expected, chunk_size=8).sum().backward()
-    assert_close("dx", leaves["x"].grad, expected["x"].grad, 1e-9)
+    assert_close("dx", leaves["x"].grad, expected["x"].grad, TOLERANCES[exact][1])
 
 
 @pytest.mark.parametrize("use", ["out", "final_states"])
-def test_gradient_through_one_output_alone(use, device):
-    tensors = inputs.ssd(seq_idx=True, dtype=torch.float64, device=device)
+def test_gradient_through_one_output_alone(use, exact, device):
+    tensors = inputs.ssd(seq_idx=True, dtype=exact, device=device)
 
     def loss(op):
         leaves = {k: t.detach().requires_grad_(t.is_floating_point()) for k, t in tensors.items()}
@@ -112,7 +113,9 @@ def test_gradient_through_one_output_alone(use, device):
     actual, expected = loss(oxiscan.mamba_chunk_scan_combined), loss(reference.mamba_chunk_scan_combined)
     for name, gradient in actual.items():
         wanted = expected[name]
-        assert_close(f"d{name}", gradient, torch.zeros_like(gradient) if wanted is None else wanted, 1e-9)
+        assert_close(
+            f"d{name}", gradient, torch.zeros_like(gradient) if wanted is None else wanted, TOLERANCES[exact][1]
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -129,8 +132,8 @@ def test_strong_decay_mixed_with_weak_tokens(device):
     compare_ssd(tensors)
 
 
-def test_no_decay_at_all(device):
-    tensors = inputs.ssd(dtype=torch.float64, decay=0.0, device=device)
+def test_no_decay_at_all(exact, device):
+    tensors = inputs.ssd(dtype=exact, decay=0.0, device=device)
     compare_ssd(tensors)
 
 
@@ -142,8 +145,8 @@ def test_a_nan_in_dt_is_not_clamped_away(device):
     assert out[0, 40:, 0].isnan().all()
 
 
-def test_documents_do_not_leak(device):
-    tensors = inputs.ssd(batch=1, seqlen=160, dtype=torch.float64, device=device)
+def test_documents_do_not_leak(exact, device):
+    tensors = inputs.ssd(batch=1, seqlen=160, dtype=exact, device=device)
     bounds = [0, 30, 64, 101, 160]
     seq_idx = torch.zeros(1, 160, dtype=torch.int32, device=device)
     for document, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
@@ -182,20 +185,20 @@ def test_a_nan_stays_in_its_document(name, device):
         assert torch.equal(before[result], after[result]), result
 
 
-def test_negative_ids_are_documents_like_any_other(device):
-    tensors = inputs.ssd(seqlen=80, seq_idx=True, dtype=torch.float64, device=device)
+def test_negative_ids_are_documents_like_any_other(exact, device):
+    tensors = inputs.ssd(seqlen=80, seq_idx=True, dtype=exact, device=device)
     tensors["seq_idx"] -= 1
     compare_ssd(tensors)
 
 
-def test_softplus_above_its_linear_bound(device):
-    tensors = inputs.ssd(seqlen=20, dtype=torch.float64, decay=0.01, device=device)
+def test_softplus_above_its_linear_bound(exact, device):
+    tensors = inputs.ssd(seqlen=20, dtype=exact, decay=0.01, device=device)
     tensors["dt"] = tensors["dt"] + 20.0
     compare_ssd(tensors)
 
 
-def test_packed_documents_equal_documents_alone(device):
-    tensors = inputs.ssd(batch=1, seqlen=150, optional=False, dtype=torch.float64, device=device)
+def test_packed_documents_equal_documents_alone(exact, device):
+    tensors = inputs.ssd(batch=1, seqlen=150, optional=False, dtype=exact, device=device)
     bounds = [0, 1, 70, 150]
     seq_idx = torch.zeros(1, 150, dtype=torch.int32, device=device)
     parts = []
@@ -204,13 +207,13 @@ def test_packed_documents_equal_documents_alone(device):
         part = {k: t if k == "A" else t[:, begin:end] for k, t in tensors.items()}
         parts.append(oxiscan.mamba_chunk_scan_combined(**part, **OPTIONS))
     out, final_states = oxiscan.mamba_chunk_scan_combined(**tensors, seq_idx=seq_idx, **OPTIONS)
-    assert_close("out", out, torch.cat([part[0] for part in parts], dim=1), 1e-12)
-    assert_close("final_states", final_states, parts[-1][1], 1e-12)
+    assert_close("out", out, torch.cat([part[0] for part in parts], dim=1), tolerance(exact, 1e-12))
+    assert_close("final_states", final_states, parts[-1][1], tolerance(exact, 1e-12))
 
 
 @pytest.mark.parametrize("cut", [1, 50, 64, 149])
-def test_two_calls_with_a_carried_state_equal_one(cut, device):
-    tensors = inputs.ssd(seqlen=150, dtype=torch.float64, device=device)
+def test_two_calls_with_a_carried_state_equal_one(cut, exact, device):
+    tensors = inputs.ssd(seqlen=150, dtype=exact, device=device)
 
     def two_calls(x, dt, A, B, C, D, z, dt_bias, initial_states, **options):
         first = oxiscan.mamba_chunk_scan_combined(
@@ -226,7 +229,7 @@ def test_two_calls_with_a_carried_state_equal_one(cut, device):
     once = run(oxiscan.mamba_chunk_scan_combined, tensors, OPTIONS)
     twice = run(two_calls, tensors, OPTIONS)
     for name, value in once.items():
-        assert_close(name, twice[name], value, 1e-11)
+        assert_close(name, twice[name], value, tolerance(exact, 1e-11, gradient=name.startswith("d")))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -251,11 +254,11 @@ def test_bits_do_not_depend_on_run_batch_chunk_size_or_threads(dtype, device):
 
 @pytest.mark.parametrize("op", [oxiscan.mamba_chunk_scan_combined, reference.mamba_chunk_scan_combined])
 @pytest.mark.parametrize("seq_idx", [False, True])
-def test_gradcheck(op, seq_idx, device):
+def test_gradcheck(op, seq_idx, float64, device):
     shape = {"batch": 1, "seqlen": 67, "nheads": 2, "headdim": 2, "ngroups": 1, "dstate": 2}
     if op is reference.mamba_chunk_scan_combined:
         shape["seqlen"] = 7
-    tensors = inputs.ssd(**shape, dtype=torch.float64, device=device)
+    tensors = inputs.ssd(**shape, dtype=float64, device=device)
     if seq_idx:
         tensors["seq_idx"] = inputs.documents(1, shape["seqlen"], mean_length=3, device=device)
     leaves = {k: t.requires_grad_(t.is_floating_point()) for k, t in tensors.items()}

@@ -20,6 +20,8 @@ __all__ = [
     "state_passing_backward",
     "state_passing_forward",
     "build_info",
+    "_cuda_driver_version",
+    "_cuda_kernels",
     "_panic",
 ]
 
@@ -65,8 +67,20 @@ class _BuildInfo(TypedDict):
     backends: list[str]
     simd: str
     profile: str
+    cuda_ops: list[str]
+    cuda_archs: list[str]
+
+class _CudaKernel(TypedDict):
+    symbol: str
+    arch: str
+    registers: int
+    shared_bytes: int
+    cubin_bytes: int
+    compile_ms: int
 
 def build_info() -> _BuildInfo: ...
+def _cuda_driver_version() -> tuple[int, int] | None: ...
+def _cuda_kernels(major: int, minor: int) -> list[_CudaKernel]: ...
 def _panic(message: str, worker: bool = False) -> None: ...
 def causal_conv1d_forward(tensors: _ConvTensors, silu: bool, out: Tensor, final_states: Tensor | None) -> None: ...
 def causal_conv1d_backward(
@@ -100,6 +114,7 @@ def rmsnorm_gated_backward(
     dweight: Tensor,
     dbias: Tensor | None,
     dz: Tensor | None,
+    partials: Tensor | None,
 ) -> None: ...
 def selective_scan_forward(
     tensors: _ScanTensors,

@@ -3,11 +3,11 @@
 use pyo3::prelude::*;
 
 use crate::cpu;
-use crate::dims::{Backend, Checker, ConvDims, document_rows, initial_rows, optional};
+use crate::dims::{Checker, ConvDims, document_rows, initial_rows, optional};
 use crate::error::Result;
 use crate::ops::with_accumulator;
 use crate::tensor::{TensorArg, View};
-use crate::torch::run;
+use crate::torch::run_on_cpu;
 
 /// x, weight; bias, seq_idx, cu_seqlens, initial_states where given.
 type ConvTensors = (
@@ -75,20 +75,18 @@ pub fn causal_conv1d_forward(
     out: TensorArg,
     final_states: Option<TensorArg>,
 ) -> PyResult<()> {
-    run(py, |threads| {
+    run_on_cpu(py, "causal_conv1d_fn", "x", &tensors.0, |threads| {
         let check = Checker::new("x", &tensors.0)?;
         let inputs = ConvInputs::new(&check, &tensors, silu)?;
         let out = check.same("out", &out, inputs.dims.x())?;
         let final_states = optional(&final_states, |states| {
             check.same("final_states", states, inputs.final_states())
         })?;
-        match check.backend {
-            Backend::Cpu => cpu::pool::install(threads, || {
-                with_accumulator!(check.dtype, T => {
-                    cpu::causal_conv1d::forward::<T>(&inputs, &out, final_states.as_ref())
-                })
-            })?,
-        }
+        cpu::pool::install(threads, || {
+            with_accumulator!(check.dtype, T => {
+                cpu::causal_conv1d::forward::<T>(&inputs, &out, final_states.as_ref())
+            })
+        })?
     })
 }
 
@@ -105,7 +103,7 @@ pub fn causal_conv1d_backward(
     dbias: Option<TensorArg>,
     dinitial_states: Option<TensorArg>,
 ) -> PyResult<()> {
-    run(py, |threads| {
+    run_on_cpu(py, "causal_conv1d_fn", "x", &tensors.0, |threads| {
         let check = Checker::new("x", &tensors.0)?;
         let inputs = ConvInputs::new(&check, &tensors, silu)?;
         let dims = inputs.dims;
@@ -122,12 +120,10 @@ pub fn causal_conv1d_backward(
                 check.same_or_f32("dinitial_states", states, dims.states(rows))
             })?,
         };
-        match check.backend {
-            Backend::Cpu => cpu::pool::install(threads, || {
-                with_accumulator!(check.dtype, T => {
-                    cpu::causal_conv1d::backward::<T>(&inputs, &gradients)
-                })
-            })?,
-        }
+        cpu::pool::install(threads, || {
+            with_accumulator!(check.dtype, T => {
+                cpu::causal_conv1d::backward::<T>(&inputs, &gradients)
+            })
+        })?
     })
 }

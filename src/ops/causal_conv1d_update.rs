@@ -4,10 +4,10 @@ use pyo3::prelude::*;
 
 use crate::cpu;
 use crate::cpu::slots::Slots;
-use crate::dims::{Backend, Checker, ConvUpdateDims, optional};
+use crate::dims::{Checker, ConvUpdateDims, optional};
 use crate::ops::with_accumulator;
 use crate::tensor::{TensorArg, View};
-use crate::torch::run;
+use crate::torch::run_on_cpu;
 
 /// Where x is one token without an axis for it, x and out have an axis of one element.
 pub struct ConvUpdateInputs {
@@ -35,7 +35,7 @@ pub fn causal_conv1d_update(
     intermediate_conv_states: Option<TensorArg>,
     out: TensorArg,
 ) -> PyResult<()> {
-    run(py, |threads| {
+    run_on_cpu(py, "causal_conv1d_update", "x", &x, |threads| {
         let check = Checker::new("x", &x)?;
         let dims = ConvUpdateDims::new(&x, &conv_state, &weight, conv_state_indices.is_some())?;
         conv_state.expect_writable("conv_state")?;
@@ -62,22 +62,16 @@ pub fn causal_conv1d_update(
         let indices = optional(&conv_state_indices, |indices| {
             check.integer("conv_state_indices", indices, dims.rows())
         })?;
-        match check.backend {
-            Backend::Cpu => {
-                let (batch, count) = (dims.batch, dims.slots());
-                let slots = Slots::new("conv_state_indices", indices.as_ref(), batch, count)?;
-                let positions = cache_seqlens
-                    .map(|seqlens| {
-                        cpu::causal_conv1d_update::positions(&seqlens, &slots, dims.state_len)
-                    })
-                    .transpose()?;
-                cpu::pool::install(threads, || {
-                    with_accumulator!(check.dtype, T => {
-                        cpu::causal_conv1d_update::update::<T>(&inputs, &slots, positions.as_deref());
-                    });
-                })
-            }
-        }
+        let (batch, count) = (dims.batch, dims.slots());
+        let slots = Slots::new("conv_state_indices", indices.as_ref(), batch, count)?;
+        let positions = cache_seqlens
+            .map(|seqlens| cpu::causal_conv1d_update::positions(&seqlens, &slots, dims.state_len))
+            .transpose()?;
+        cpu::pool::install(threads, || {
+            with_accumulator!(check.dtype, T => {
+                cpu::causal_conv1d_update::update::<T>(&inputs, &slots, positions.as_deref());
+            });
+        })
     })
 }
 
@@ -89,7 +83,7 @@ pub fn causal_conv1d_varlen_states(
     cu_seqlens: TensorArg,
     states: TensorArg,
 ) -> PyResult<()> {
-    run(py, |threads| {
+    run_on_cpu(py, "causal_conv1d_varlen_states", "x", &x, |threads| {
         let check = Checker::new("x", &x)?;
         let x = x.view("x", ["total_tokens", "dim"])?;
         let cu_seqlens = check.cu_seqlens(&cu_seqlens, 1)?;
@@ -97,15 +91,11 @@ pub fn causal_conv1d_varlen_states(
         let ndocs = cu_seqlens.shape[0] - 1;
         let shape = [("ndocs", ndocs), ("dim", x.shape[1]), ("state_len", state_len)];
         let states = check.same("states", &states, shape)?;
-        match check.backend {
-            Backend::Cpu => {
-                let bounds = cpu::documents::bounds("cu_seqlens", &cu_seqlens, x.shape[0])?;
-                cpu::pool::install(threads, || {
-                    with_accumulator!(check.dtype, T => {
-                        cpu::causal_conv1d_update::varlen_states::<T>(&x, &bounds, &states);
-                    });
-                })
-            }
-        }
+        let bounds = cpu::documents::bounds("cu_seqlens", &cu_seqlens, x.shape[0])?;
+        cpu::pool::install(threads, || {
+            with_accumulator!(check.dtype, T => {
+                cpu::causal_conv1d_update::varlen_states::<T>(&x, &bounds, &states);
+            });
+        })
     })
 }

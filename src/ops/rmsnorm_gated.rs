@@ -3,11 +3,13 @@
 use pyo3::prelude::*;
 
 use crate::cpu;
-use crate::dims::{Backend, Checker, NormDims, optional};
+#[cfg(feature = "cuda")]
+use crate::cuda;
+use crate::dims::{Checker, NormDims, optional};
 use crate::error::{Error, Result};
 use crate::ops::with_accumulator;
 use crate::tensor::{Rows, TensorArg, View};
-use crate::torch::run;
+use crate::torch::{Backend, run};
 
 /// x, weight; bias, z where given.
 type NormTensors = (TensorArg, TensorArg, Option<TensorArg>, Option<TensorArg>);
@@ -66,19 +68,26 @@ pub fn rmsnorm_gated_forward(
     options: NormOptions,
     out: TensorArg,
 ) -> PyResult<()> {
-    run(py, |threads| {
+    run(py, "x", &tensors.0, |backend| {
         let check = Checker::new("x", &tensors.0)?;
         let inputs = NormInputs::new(&check, &tensors, options)?;
         let out = check.same_rows("out", &out, &inputs.dims.shape)?;
-        match check.backend {
-            Backend::Cpu => cpu::pool::install(threads, || {
+        match backend {
+            Backend::Cpu { threads } => cpu::pool::install(threads, || {
                 with_accumulator!(check.dtype, T => cpu::rmsnorm_gated::forward::<T>(&inputs, &out));
             }),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(stream) => {
+                cuda::rmsnorm_gated::forward(&stream, check.dtype, &inputs, &out)
+            }
         }
     })
 }
 
 /// Every gradient tensor that is given is written; those of optional arguments go with their arguments.
+///
+/// partials: on CUDA the workspace of the parameters' gradients, (blocks, 1 or with bias 2, dim) float32 and contiguous,
+/// for at most that many blocks of rows, at least one.
 #[pyfunction]
 pub fn rmsnorm_gated_backward(
     py: Python<'_>,
@@ -89,8 +98,9 @@ pub fn rmsnorm_gated_backward(
     dweight: TensorArg,
     dbias: Option<TensorArg>,
     dz: Option<TensorArg>,
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables))] partials: Option<TensorArg>,
 ) -> PyResult<()> {
-    run(py, |threads| {
+    run(py, "x", &tensors.0, |backend| {
         let check = Checker::new("x", &tensors.0)?;
         let inputs = NormInputs::new(&check, &tensors, options)?;
         let dims = &inputs.dims;
@@ -101,12 +111,39 @@ pub fn rmsnorm_gated_backward(
             dbias: optional(&dbias, |dbias| check.same_or_f32("dbias", dbias, dims.weight()))?,
             dz: optional(&dz, |dz| check.same_rows("dz", dz, &dims.shape))?,
         };
-        match check.backend {
-            Backend::Cpu => cpu::pool::install(threads, || {
+        match backend {
+            Backend::Cpu { threads } => cpu::pool::install(threads, || {
                 with_accumulator!(check.dtype, T => {
                     cpu::rmsnorm_gated::backward::<T>(&inputs, &gradients);
                 });
             }),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(stream) => {
+                let partials = workspace(&check, partials.as_ref(), &inputs)?;
+                cuda::rmsnorm_gated::backward(&stream, check.dtype, &inputs, &gradients, &partials)
+            }
         }
     })
+}
+
+#[cfg(feature = "cuda")]
+fn workspace(
+    check: &Checker,
+    partials: Option<&TensorArg>,
+    inputs: &NormInputs,
+) -> Result<View<3>> {
+    let (arg, dim) = ("partials", inputs.dims.dim);
+    let allowed = "(blocks, parameters, dim) with blocks >= 1, contiguous";
+    let Some(partials) = partials else {
+        return Err(Error::Value { arg, got: "None".into(), allowed: allowed.into() });
+    };
+    let parameters = if inputs.bias.is_some() { 2 } else { 1 };
+    let blocks = partials.shape().first().copied().unwrap_or(0);
+    let shape = [("blocks", blocks), ("parameters", parameters), ("dim", dim)];
+    let view = check.accumulator(arg, partials, shape)?;
+    let (dim, parameters) = (dim as isize, parameters as isize);
+    if blocks == 0 || *view.strides() != [parameters * dim, dim, 1] {
+        return Err(partials.wrong_shape(arg, allowed));
+    }
+    Ok(view)
 }

@@ -3,11 +3,11 @@
 use pyo3::prelude::*;
 
 use crate::cpu;
-use crate::dims::{Backend, Checker, SelectiveScanDims, document_rows, initial_rows, optional};
+use crate::dims::{Checker, SelectiveScanDims, document_rows, initial_rows, optional};
 use crate::error::Result;
 use crate::ops::with_accumulator;
 use crate::tensor::{TensorArg, View};
-use crate::torch::run;
+use crate::torch::run_on_cpu;
 
 /// u, delta, A, B, C; D, z, delta_bias, initial_state, seq_idx, cu_seqlens where given.
 type ScanTensors = (
@@ -141,24 +141,22 @@ pub fn selective_scan_forward(
     last_state: Option<TensorArg>,
     varlen_states: Option<TensorArg>,
 ) -> PyResult<()> {
-    run(py, |threads| {
+    run_on_cpu(py, "selective_scan_fn", "u", &tensors.0, |threads| {
         let check = Checker::new("u", &tensors.0)?;
         let inputs = ScanInputs::new(&check, &tensors, delta_softplus)?;
         let out = check.same("out", &out, inputs.dims.u())?;
         let last_state = inputs.last_state(&check, "last_state", &last_state)?;
         let varlen_states = inputs.varlen_states(&check, "varlen_states", &varlen_states)?;
-        match check.backend {
-            Backend::Cpu => cpu::pool::install(threads, || {
-                with_accumulator!(check.dtype, T => {
-                    cpu::selective_scan::forward::<T>(
-                        &inputs,
-                        &out,
-                        last_state.as_ref(),
-                        varlen_states.as_ref(),
-                    )
-                })
-            })?,
-        }
+        cpu::pool::install(threads, || {
+            with_accumulator!(check.dtype, T => {
+                cpu::selective_scan::forward::<T>(
+                    &inputs,
+                    &out,
+                    last_state.as_ref(),
+                    varlen_states.as_ref(),
+                )
+            })
+        })?
     })
 }
 
@@ -181,7 +179,7 @@ pub fn selective_scan_backward(
     ddelta_bias: Option<TensorArg>,
     dinitial_state: Option<TensorArg>,
 ) -> PyResult<()> {
-    run(py, |threads| {
+    run_on_cpu(py, "selective_scan_fn", "u", &tensors.0, |threads| {
         let check = Checker::new("u", &tensors.0)?;
         let inputs = ScanInputs::new(&check, &tensors, delta_softplus)?;
         let dims = inputs.dims;
@@ -204,12 +202,10 @@ pub fn selective_scan_backward(
                 check.same_or_f32("dinitial_state", state, dims.states(rows))
             })?,
         };
-        match check.backend {
-            Backend::Cpu => cpu::pool::install(threads, || {
-                with_accumulator!(check.dtype, T => {
-                    cpu::selective_scan::backward::<T>(&inputs, &gradients)
-                })
-            })?,
-        }
+        cpu::pool::install(threads, || {
+            with_accumulator!(check.dtype, T => {
+                cpu::selective_scan::backward::<T>(&inputs, &gradients)
+            })
+        })?
     })
 }

@@ -4,10 +4,12 @@ use pyo3::prelude::*;
 
 use crate::cpu;
 use crate::cpu::slots::Slots;
-use crate::dims::{Backend, Checker, StateUpdateDims, optional};
+#[cfg(feature = "cuda")]
+use crate::cuda;
+use crate::dims::{Checker, StateUpdateDims, optional};
 use crate::ops::with_accumulator;
 use crate::tensor::{TensorArg, View};
-use crate::torch::run;
+use crate::torch::{Backend, run};
 
 /// An axis that the caller's tensors lack (seqlen, nheads, ngroups) has one element.
 pub struct StateUpdateInputs {
@@ -44,7 +46,7 @@ pub fn selective_state_update(
     intermediate_ssm_states: Option<TensorArg>,
     out: TensorArg,
 ) -> PyResult<()> {
-    run(py, |threads| {
+    run(py, "x", &x, |backend| {
         let check = Checker::new("x", &x)?;
         let dims = StateUpdateDims::new(&x, &state, &B, state_batch_indices.is_some())?;
         state.expect_writable("state")?;
@@ -73,8 +75,8 @@ pub fn selective_state_update(
         let indices = optional(&state_batch_indices, |indices| {
             check.integer("state_batch_indices", indices, dims.rows())
         })?;
-        match check.backend {
-            Backend::Cpu => {
+        match backend {
+            Backend::Cpu { threads } => {
                 let (batch, count) = (dims.batch, dims.slots());
                 let slots = Slots::new("state_batch_indices", indices.as_ref(), batch, count)?;
                 cpu::pool::install(threads, || {
@@ -83,6 +85,13 @@ pub fn selective_state_update(
                     });
                 })
             }
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(stream) => cuda::selective_state_update::update(
+                &stream,
+                check.dtype,
+                &inputs,
+                indices.as_ref(),
+            ),
         }
     })
 }

@@ -3,11 +3,11 @@
 use pyo3::prelude::*;
 
 use crate::cpu;
-use crate::dims::{Backend, Checker, SsdDims, document_rows, initial_rows, optional};
+use crate::dims::{Checker, SsdDims, document_rows, initial_rows, optional};
 use crate::error::{Error, Result};
 use crate::ops::with_accumulator;
 use crate::tensor::{TensorArg, View};
-use crate::torch::run;
+use crate::torch::run_on_cpu;
 
 /// x, dt, A, B, C; D, z, dt_bias, initial_states where given.
 type SsdTensors = (
@@ -188,7 +188,7 @@ pub fn ssd_forward(
     final_states: Option<TensorArg>,
     varlen_states: Option<TensorArg>,
 ) -> PyResult<()> {
-    run(py, |threads| {
+    run_on_cpu(py, "mamba_chunk_scan_combined", "x", &tensors.0, |threads| {
         let check = Checker::new("x", &tensors.0)?;
         let dims = SsdDims::new(&tensors.0, &tensors.3)?;
         let packing = Packing::by_token(&check, &packing, &dims)?;
@@ -202,12 +202,10 @@ pub fn ssd_forward(
                 check.floating("varlen_states", states, inputs.varlen_states()?)
             })?,
         };
-        match check.backend {
-            Backend::Cpu => cpu::pool::install(
-                threads,
-                || with_accumulator!(check.dtype, T => cpu::ssd::forward::<T>(&inputs, &out, &states)),
-            )?,
-        }
+        cpu::pool::install(
+            threads,
+            || with_accumulator!(check.dtype, T => cpu::ssd::forward::<T>(&inputs, &out, &states)),
+        )?
     })
 }
 
@@ -232,7 +230,7 @@ pub fn ssd_backward(
     ddt_bias: Option<TensorArg>,
     dinitial_states: Option<TensorArg>,
 ) -> PyResult<()> {
-    run(py, |threads| {
+    run_on_cpu(py, "mamba_chunk_scan_combined", "x", &tensors.0, |threads| {
         let check = Checker::new("x", &tensors.0)?;
         let dims = SsdDims::new(&tensors.0, &tensors.3)?;
         let packing = Packing::by_token(&check, &packing, &dims)?;
@@ -260,12 +258,10 @@ pub fn ssd_backward(
                 check.same_or_f32("dinitial_states", states, dims.states(rows))
             })?,
         };
-        match check.backend {
-            Backend::Cpu => cpu::pool::install(
-                threads,
-                || with_accumulator!(check.dtype, T => cpu::ssd::backward::<T>(&inputs, &gradients)),
-            )?,
-        }
+        cpu::pool::install(
+            threads,
+            || with_accumulator!(check.dtype, T => cpu::ssd::backward::<T>(&inputs, &gradients)),
+        )?
     })
 }
 
@@ -282,7 +278,7 @@ pub fn ssd_varlen_forward(
     out: TensorArg,
     chunk_states: TensorArg,
 ) -> PyResult<()> {
-    run(py, |threads| {
+    run_on_cpu(py, "mamba_chunk_scan_combined_varlen", "x", &tensors.0, |threads| {
         let check = Checker::new("x", &tensors.0)?;
         let dims = SsdDims::new(&tensors.0, &tensors.3)?;
         let packing = Packing::by_chunk(&check, &packing)?;
@@ -301,17 +297,13 @@ pub fn ssd_varlen_forward(
             check.floating("chunk_states", &chunk_states, inputs.varlen_states()?)?;
         let nchunks = chunk_states.shape[0];
         let states = SsdStates { final_states: None, varlen_states: Some(chunk_states) };
-        match check.backend {
-            Backend::Cpu => {
-                for document in 0..ndocs {
-                    let chunk = last_chunks.get_int([document]);
-                    cpu::documents::index("last_chunk_indices", chunk, Some(nchunks))?;
-                }
-                cpu::pool::install(
-                    threads,
-                    || with_accumulator!(check.dtype, T => cpu::ssd::forward::<T>(&inputs, &out, &states)),
-                )?
-            }
+        for document in 0..ndocs {
+            let chunk = last_chunks.get_int([document]);
+            cpu::documents::index("last_chunk_indices", chunk, Some(nchunks))?;
         }
+        cpu::pool::install(
+            threads,
+            || with_accumulator!(check.dtype, T => cpu::ssd::forward::<T>(&inputs, &out, &states)),
+        )?
     })
 }

@@ -3,11 +3,11 @@
 use pyo3::prelude::*;
 
 use crate::cpu;
-use crate::dims::{Backend, Checker, StatePassingDims, optional};
+use crate::dims::{Checker, StatePassingDims, optional};
 use crate::error::{Error, Result};
 use crate::ops::with_accumulator;
 use crate::tensor::{DType, TensorArg, View};
-use crate::torch::run;
+use crate::torch::run_on_cpu;
 
 /// decay (batch, nchunks, nheads) is a logarithm, kept in the accumulation dtype or float32.
 fn decay_view(check: &Checker, decay: &TensorArg, dims: &StatePassingDims) -> Result<View<3>> {
@@ -30,7 +30,7 @@ pub fn state_passing_forward(
     states_before: TensorArg,
     final_states: TensorArg,
 ) -> PyResult<()> {
-    run(py, |threads| {
+    run_on_cpu(py, "state_passing", "states", &states, |threads| {
         let check = Checker::new("states", &states)?;
         let dims = StatePassingDims::new(&states)?;
         let states = check.same("states", &states, dims.states())?;
@@ -40,18 +40,16 @@ pub fn state_passing_forward(
         })?;
         let states_before = check.same("states_before", &states_before, dims.states())?;
         let final_states = check.accumulator("final_states", &final_states, dims.one_state())?;
-        match check.backend {
-            Backend::Cpu => cpu::pool::install(threads, || {
-                with_accumulator!(check.dtype, T => cpu::state_passing::forward::<T>(
-                    &dims,
-                    &states,
-                    &decay,
-                    initial_states.as_ref(),
-                    &states_before,
-                    &final_states,
-                ));
-            }),
-        }
+        cpu::pool::install(threads, || {
+            with_accumulator!(check.dtype, T => cpu::state_passing::forward::<T>(
+                &dims,
+                &states,
+                &decay,
+                initial_states.as_ref(),
+                &states_before,
+                &final_states,
+            ));
+        })
     })
 }
 
@@ -68,7 +66,7 @@ pub fn state_passing_backward(
     ddecay: TensorArg,
     dinitial_states: Option<TensorArg>,
 ) -> PyResult<()> {
-    run(py, |threads| {
+    run_on_cpu(py, "state_passing", "states_before", &states_before, |threads| {
         let check = Checker::new("states_before", &states_before)?;
         let dims = StatePassingDims::new(&states_before)?;
         let states_before = check.same("states_before", &states_before, dims.states())?;
@@ -89,16 +87,14 @@ pub fn state_passing_backward(
         let initial_states = optional(&initial_states, |initial| {
             check.same_or_f32("initial_states", initial, dims.one_state())
         })?;
-        match check.backend {
-            Backend::Cpu => cpu::pool::install(threads, || {
-                with_accumulator!(check.dtype, T => cpu::state_passing::backward::<T>(
-                    &dims,
-                    &states_before,
-                    &decay,
-                    initial_states.as_ref(),
-                    &gradients,
-                ));
-            }),
-        }
+        cpu::pool::install(threads, || {
+            with_accumulator!(check.dtype, T => cpu::state_passing::backward::<T>(
+                &dims,
+                &states_before,
+                &decay,
+                initial_states.as_ref(),
+                &gradients,
+            ));
+        })
     })
 }

@@ -24,16 +24,14 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def written(*tensors: Tensor | None) -> None:
-    """Let autograd know that `tensors` were written in place: a graph that saved one must not use it any more.
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """`function.apply(*arguments)`, without the Python that torch wraps around it for its function transforms.
 
-    Compiled code knows by the kernel's schema.
+    That takes about as long as launching a kernel.
     """
-    if torch.compiler.is_compiling():
-        return
-    for tensor in tensors:
-        if tensor is not None and not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 
 def empty_like(tensor: Tensor | None) -> Tensor | None:

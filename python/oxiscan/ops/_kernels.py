@@ -66,9 +66,15 @@ def _functionalize(mode: Any, op: Any, types: Any, args: tuple[Any, ...], kwargs
             args[i].copy_(copies[i])
 
 
-def _register(kernel: _Kernel, *arguments: str | tuple[str, ...]) -> _Kernel:
-    """Define the op of a kernel's name. Returns what the public ops call: takes what the kernel takes, by position."""
+def _register(kernel: _Kernel, *arguments: str | tuple[str, ...], in_place: tuple[str, ...] = ()) -> _Kernel:
+    """Define the op of a kernel's name. Returns what the public ops call: takes what the kernel takes, by position.
+
+    Args:
+        in_place: the caller's own tensors that are written. Autograd is told: a graph that saved one must not use it.
+    """
     name = kernel.__name__
+    names = [group.split(" ")[-1] if isinstance(group, str) else None for group in arguments]
+    updated = [names.index(argument) for argument in in_place]
     schema = ", ".join(group if isinstance(group, str) else ", ".join(group) for group in arguments)
 
     def implementation(*flat: Any) -> None:
@@ -84,9 +90,13 @@ def _register(kernel: _Kernel, *arguments: str | tuple[str, ...]) -> _Kernel:
 
     def call(*values: Any) -> None:
         if _tracing():
-            op(*(value for group in values for value in (group if isinstance(group, tuple) else (group,))))
+            # The kernel's own call records nothing for autograd either.
+            with torch.no_grad():
+                op(*(value for group in values for value in (group if isinstance(group, tuple) else (group,))))
         else:
             kernel(*values)
+            if updated:
+                torch.autograd.graph.increment_version([values[i] for i in updated if values[i] is not None])
 
     return cast(_Kernel, call)
 
@@ -125,6 +135,7 @@ causal_conv1d_update = _register(
     "Tensor? conv_state_indices",
     "Tensor(intermediate_conv_states!)? intermediate_conv_states",
     "Tensor(out!) out",
+    in_place=("conv_state", "intermediate_conv_states"),
 )
 causal_conv1d_varlen_states = _register(
     _C.causal_conv1d_varlen_states, "Tensor x", "Tensor cu_seqlens", "Tensor(states!) states"
@@ -143,6 +154,7 @@ rmsnorm_gated_backward = _register(
     "Tensor(dweight!) dweight",
     "Tensor(dbias!)? dbias",
     "Tensor(dz!)? dz",
+    "Tensor(partials!)? partials",
 )
 
 selective_state_update = _register(
@@ -160,6 +172,7 @@ selective_state_update = _register(
     "Tensor? state_batch_indices",
     "Tensor(intermediate_ssm_states!)? intermediate_ssm_states",
     "Tensor(out!) out",
+    in_place=("state", "intermediate_ssm_states"),
 )
 
 _SCAN = (
@@ -255,6 +268,7 @@ ssd_varlen_forward = _register(
     _DT_LIMIT,
     "Tensor(out!) out",
     "Tensor(chunk_states!) chunk_states",
+    in_place=("out",),
 )
 
 state_passing_forward = _register(

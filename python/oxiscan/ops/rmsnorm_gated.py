@@ -9,7 +9,30 @@ from oxiscan import reference
 from oxiscan._arguments import check_eps
 
 from . import _kernels
-from ._common import empty_like, once_differentiable
+from ._common import apply, empty_like, once_differentiable
+
+
+def norm_backward(
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    options: tuple[float, int | None, bool],
+    dout: Tensor,
+    dx: Tensor,
+    dweight: Tensor,
+    dbias: Tensor | None,
+    dz: Tensor | None,
+) -> None:
+    """The kernel, with its workspace on CUDA: the parts of dweight and dbias that blocks of rows add.
+
+    At most 1024 blocks of threads, which fill any GPU, and at most 16 MB a parameter.
+    """
+    x, partials = tensors[0], None
+    if x.is_cuda:
+        dim = x.shape[-1]
+        ngroups = dim // (options[1] or dim)
+        blocks = max(min(x.numel() // dim, 1024 // ngroups, 2**22 // dim), 1)
+        parameters = 1 if dbias is None else 2
+        partials = torch.empty(blocks, parameters, dim, dtype=torch.float32, device=x.device)
+    _kernels.rmsnorm_gated_backward(tensors, options, dout, dx, dweight, dbias, dz, partials)
 
 
 class _RMSNormGated(torch.autograd.Function):
@@ -38,7 +61,7 @@ class _RMSNormGated(torch.autograd.Function):
         x, weight, bias, z = tensors
         dx, dweight = torch.empty_like(x), torch.empty_like(weight)
         dbias, dz = empty_like(bias), empty_like(z)
-        _kernels.rmsnorm_gated_backward(tensors, ctx.options, dout, dx, dweight, dbias, dz)
+        norm_backward(tensors, ctx.options, dout, dx, dweight, dbias, dz)
         return dx, dweight, dbias, dz, None, None, None
 
 
@@ -57,7 +80,8 @@ def rmsnorm_gated(
     v = x silu(z). rms(v) = sqrt(mean(v^2) + eps) over each group of group_size elements.
 
     Args:
-        x: (..., dim), float32, float64, bfloat16 or float16, any strides.
+        x: (..., dim), float32, bfloat16, float16 or on the CPU float64, any strides. On CUDA rows that are dense and
+            aligned to 16 bytes, and gradients without bias, take the fast path.
         weight, bias: (dim,), in x's dtype or float32.
         z: x's shape and dtype; no gate if left out.
         eps: >= 0.
@@ -73,7 +97,7 @@ def rmsnorm_gated(
         raise TypeError(f"x: got {type(x).__name__}; allowed: torch.Tensor")
     if group_size is not None and (not isinstance(group_size, int) or group_size < 1):
         raise ValueError(f"group_size: got {group_size!r}; allowed: None or a divisor of dim")
-    return _RMSNormGated.apply(x, weight, bias, z, check_eps("eps", eps), group_size, bool(norm_before_gate))
+    return apply(_RMSNormGated, x, weight, bias, z, check_eps("eps", eps), group_size, bool(norm_before_gate))
 
 
 class RMSNormGated(reference.RMSNormGated):

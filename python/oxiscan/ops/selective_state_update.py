@@ -6,10 +6,8 @@ from torch import Tensor
 from oxiscan._arguments import check_tensor
 
 from . import _kernels
-from ._common import written
 
 
-@torch.no_grad()
 def selective_state_update(
     state: Tensor,
     x: Tensor,
@@ -30,8 +28,9 @@ def selective_state_update(
 
     Args:
         state: (batch, nheads, dim, dstate), any floating dtype. With state_batch_indices (slots, nheads, dim, dstate).
+            On CUDA dstate is at most 256; rows that are dense and aligned to 16 bytes take the fast path.
         x: (batch, nheads, dim), one token, or (batch, seqlen, nheads, dim), tokens applied one after another. float32,
-            float64, bfloat16 or float16.
+            bfloat16, float16 or on the CPU float64.
         dt: x's shape, in x's dtype or float32; dt_bias is added, then softplus applied if dt_softplus.
         A: (nheads, dim, dstate), in x's dtype or float32.
         B, C: in x's dtype, (batch, ngroups, dstate) or (batch, dstate); for x of four dimensions
@@ -39,7 +38,9 @@ def selective_state_update(
         D, dt_bias: (nheads, dim), in x's dtype or float32.
         z: x's shape and dtype.
         state_batch_indices: (batch,) int32 or int64, the slot of state that each row uses. A row with -1 is padding:
-            its result is 0 and nothing is touched.
+            its result is 0 and nothing is touched. Each slot at most once. On CUDA, where indices are not read before
+            the kernel runs, a row with any other index outside the slots gets NaN and touches nothing, and what a slot
+            that is taken twice becomes is undefined.
         intermediate_ssm_states: (slots, seqlen, nheads, dim, dstate), any floating dtype, seqlen 1 for one token. Row s
             becomes slot s of state as it is after each token; rows of slots not in this call stay as they are.
         Any strides, expanded (stride 0) dimensions included, but for the two states that are written. Without heads:
@@ -49,8 +50,9 @@ def selective_state_update(
         out, of x's shape and dtype.
 
     Raises:
-        ValueError, TypeError: an argument that does not fit, by name, a slot that is taken twice or outside the state
-            included; nothing is written then.
+        ValueError, TypeError: an argument that does not fit, by name, on the CPU a slot that is taken twice or outside
+            the state included; nothing is written then.
+        NotImplementedError: dstate above 256 on CUDA.
     """
     check_tensor("x", x)
     out = torch.empty_like(x)
@@ -69,5 +71,4 @@ def selective_state_update(
         intermediate_ssm_states,
         out,
     )
-    written(state, intermediate_ssm_states)
     return out

@@ -23,6 +23,7 @@ from oxiscan._arguments import (
 
 from . import _kernels
 from ._common import empty_like, once_differentiable, results
+from .rmsnorm_gated import norm_backward
 
 
 class _Sizes(NamedTuple):
@@ -162,7 +163,7 @@ class _SplitConv1dScan(torch.autograd.Function):
         else:
             dy, drmsnorm_weight = torch.empty_like(y), torch.empty_like(rmsnorm_weight)
             norm_tensors = (y, rmsnorm_weight, None, z)
-            _kernels.rmsnorm_gated_backward(norm_tensors, options.norm(), dout, dy, drmsnorm_weight, None, dz)
+            norm_backward(norm_tensors, options.norm(), dout, dy, drmsnorm_weight, None, dz)
 
         # The convolution is recomputed: cheaper than keeping its result from forward on.
         conv, dconv = torch.empty_like(xBC), torch.empty_like(xBC)

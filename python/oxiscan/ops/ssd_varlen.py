@@ -8,7 +8,6 @@ from torch import Tensor
 from oxiscan._arguments import check, check_chunks, check_optional, limits, sizes
 
 from . import _kernels
-from ._common import written
 
 
 @torch.no_grad()
@@ -81,6 +80,5 @@ def mamba_chunk_scan_combined_varlen(
         out.unsqueeze(0),
         raw_states,
     )
-    written(out)
     varlen_states = raw_states.index_select(0, last_chunk_indices)
     return (varlen_states, raw_states) if return_raw_states else varlen_states

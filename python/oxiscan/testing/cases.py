@@ -28,6 +28,25 @@ def _norm(*, batch: int, seqlen: int, dim: int, **rest: Any) -> dict[str, Tensor
     return inputs.rmsnorm_gated(batch, seqlen, dim, bias=False, **rest)
 
 
+def _mamba1_step(**sizes: Any) -> dict[str, Tensor]:
+    """A token as a Mamba-1 decoder passes it: no heads, A in float32."""
+    tensors = inputs.state_update(nheads=None, ngroups=None, **sizes)
+    return tensors | {"A": tensors["A"].float()}
+
+
+def _mamba2_step(*, headdim: int, **sizes: Any) -> dict[str, Tensor]:
+    """A token as a Mamba-2 decoder passes it: dt, A, D and dt_bias one value a head, expanded, A in float32.
+
+    No z: the norm that follows gates.
+    """
+    tensors = inputs.state_update(dim=headdim, **sizes)
+    del tensors["z"]
+    for name in ("dt", "D", "dt_bias"):
+        tensors[name] = tensors[name][..., :1].contiguous().expand_as(tensors[name])
+    A = tensors["A"]
+    return tensors | {"A": A[:, :1, :1].float().contiguous().expand_as(A)}
+
+
 def _mamba2(name: str, *, width: int = 4, **ssd: Any) -> list[Case]:
     """A Mamba-2 mixer's ops in the sizes of its scan."""
     chunk_size = ssd.pop("chunk_size")
@@ -49,12 +68,41 @@ def _mamba2(name: str, *, width: int = 4, **ssd: Any) -> list[Case]:
             {"activation": "silu"},
         ),
         Case(f"{name}/norm", "rmsnorm_gated", _norm, tokens | {"dim": dim}, norm),
+        # The order of Megatron's Mamba-2, then its training call, in which the scan gates.
+        Case(
+            f"{name}/norm_gate_first",
+            "rmsnorm_gated",
+            _norm,
+            tokens | {"dim": dim},
+            norm | {"norm_before_gate": False},
+        ),
+        Case(
+            f"{name}/norm_no_z",
+            "rmsnorm_gated",
+            _norm,
+            tokens | {"dim": dim, "z": False},
+            norm | {"norm_before_gate": False},
+        ),
     ]
 
 
 def _mamba1(name: str, **scan: Any) -> list[Case]:
     sizes = {"ngroups": None} | scan
     return [Case(f"{name}/selective_scan", "selective_scan_fn", inputs.selective_scan, sizes, {"delta_softplus": True})]
+
+
+def _step(name: str, make: Callable[..., dict[str, Tensor]], *batches: int, **sizes: Any) -> list[Case]:
+    """The decode step of the state, for batches of these sizes."""
+    return [
+        Case(
+            f"{name}/state_update_batch{batch}",
+            "selective_state_update",
+            make,
+            sizes | {"batch": batch},
+            {"dt_softplus": True},
+        )
+        for batch in batches
+    ]
 
 
 _CASES = [
@@ -64,6 +112,7 @@ _CASES = [
     # For the CPU backend's speed.
     *_mamba2("cpu", batch=1, seqlen=2048, nheads=8, headdim=64, ngroups=1, dstate=64, chunk_size=64),
     *_mamba1("cpu", batch=1, seqlen=2048, dim=512, dstate=16),
+    *_step("cpu", _mamba2_step, 8, nheads=8, headdim=64, ngroups=1, dstate=64),
     # arXiv 2406.07887's 8B hybrid: at tensor parallel 4 and micro-batch 4, on one GPU, in a long context. Mamba-2 2.7B.
     *_mamba2("hybrid8b_tp4", batch=4, seqlen=4096, nheads=32, headdim=64, ngroups=2, dstate=128, chunk_size=128),
     *_mamba2("hybrid8b_tp1", batch=1, seqlen=4096, nheads=128, headdim=64, ngroups=8, dstate=128, chunk_size=128),
@@ -72,6 +121,9 @@ _CASES = [
     # The paper's 8B Mamba at tensor parallel 4; Mamba 2.8B.
     *_mamba1("mamba1_8b_tp4", batch=4, seqlen=4096, dim=2048, dstate=128),
     *_mamba1("mamba1_2p8b", batch=8, seqlen=2048, dim=5120, dstate=16),
+    # Decoding: the 8B hybrid on one GPU, Mamba 2.8B.
+    *_step("decode8b", _mamba2_step, 1, 8, 64, 256, nheads=128, headdim=64, ngroups=8, dstate=128),
+    *_step("mamba1_2p8b", _mamba1_step, 64, dim=5120, dstate=16),
 ]
 
 #: By name: "<model>/<what>".

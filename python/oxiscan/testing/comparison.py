@@ -39,6 +39,28 @@ def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float) 
         raise AssertionError(f"{name}: relative RMS error {error:.3g}, allowed {tolerance:.3g}")
 
 
+def tolerance(dtype: torch.dtype, float64: float, *, gradient: bool = False) -> float:
+    """`float64` for that dtype, what `TOLERANCES` allows for narrower ones: for what float64 shows more closely."""
+    return float64 if dtype == torch.float64 else TOLERANCES[dtype][gradient]
+
+
+def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Raise AssertionError unless both hold the same, of one call with its arguments laid out in two ways.
+
+    On the CPU the same bits. On CUDA each layout has its path, whose sums may have another order: within `TOLERANCES`,
+    those of gradients for names of "d..." as `run` gives them.
+    """
+    if actual.keys() != expected.keys():
+        raise AssertionError(f"got {', '.join(actual)}, expected {', '.join(expected)}")
+    for name, value in actual.items():
+        if value.dtype != expected[name].dtype:
+            raise AssertionError(f"{name}: {value.dtype}, expected {expected[name].dtype}")
+        if value.device.type == "cuda" and value.is_floating_point():
+            assert_close(name, value, expected[name], TOLERANCES[value.dtype][name.startswith("d")])
+        elif not torch.equal(value, expected[name]):
+            raise AssertionError(f"{name}: not the same bits")
+
+
 def seeded_gradients(outputs: list[Tensor]) -> list[Tensor]:
     """A random gradient for each output, in its dtype; the same ones for the same shapes."""
     generator = torch.Generator().manual_seed(len(outputs))

@@ -8,6 +8,11 @@ from torch import Tensor
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+def floats(device: torch.device) -> tuple[torch.dtype, ...]:
+    """Those of `FLOATS` that a device's backend computes in, widest first: float64 is the CPU's alone."""
+    return FLOATS if device.type == "cpu" else FLOATS[1:]
+
+
 def normal(
     *shape: int,
     dtype: torch.dtype,

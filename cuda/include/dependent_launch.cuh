@@ -1,0 +1,23 @@
+// Programmatic dependent launch: on devices that have it (9.0 and later) a kernel may start before the one ahead of it in
+// the stream has ended, so that launch latency and index arithmetic overlap with that one's end.
+#pragma once
+
+namespace oxi {
+
+// Wait until all earlier work of the stream is done and its memory visible. Every kernel calls it, in every thread, before
+// it reads or writes global memory: all are launched so that they may start early.
+__device__ inline void wait_for_earlier_work() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Let the next kernel start once every block has called this or ended; by default it starts when all have ended. It takes
+// room on the multiprocessors while it waits, so this is for what ends soon.
+__device__ inline void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+}  // namespace oxi

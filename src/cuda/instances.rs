@@ -1,0 +1,151 @@
+//! The table of kernels: which are compiled, in which instances.
+//!
+//! build.rs compiles every instance for every architecture from it; the ops find their instance by it. Each axis costs
+//! compile time and bytes of the wheel, so each says why it is one: flags that no inner loop sees are run-time fields of
+//! the kernel's params struct instead.
+
+/// A compile-time axis: the macro that the kernel reads and the values it takes.
+pub struct Axis {
+    pub define: &'static str,
+    pub values: &'static [&'static str],
+}
+
+/// One .cu file, compiled once for every combination of its axes' values.
+pub struct Kernel {
+    /// The file's name without .cu, and the first part of its instances' names.
+    pub name: &'static str,
+    pub axes: &'static [Axis],
+    /// Its first instance among all.
+    first: usize,
+}
+
+impl Kernel {
+    pub const fn count(&self) -> usize {
+        let mut count = 1;
+        let mut axis = 0;
+        while axis < self.axes.len() {
+            count *= self.axes[axis].values.len();
+            axis += 1;
+        }
+        count
+    }
+
+    /// The instance with these choices, an index of a value for each axis.
+    pub fn instance(&self, choices: &[usize]) -> usize {
+        assert_eq!(choices.len(), self.axes.len());
+        let index = self.axes.iter().zip(choices).fold(0, |index, (axis, &choice)| {
+            assert!(choice < axis.values.len());
+            index * axis.values.len() + choice
+        });
+        self.first + index
+    }
+
+    /// The value of each axis in this kernel's `index`th instance.
+    fn values(&self, mut index: usize) -> Vec<&'static str> {
+        let mut values = vec![""; self.axes.len()];
+        for (value, axis) in values.iter_mut().zip(self.axes).rev() {
+            *value = axis.values[index % axis.values.len()];
+            index /= axis.values.len();
+        }
+        values
+    }
+}
+
+/// The dtype of activations: it decides the width of every load. In the order of OXI_F32, OXI_BF16, OXI_F16.
+const ELEMENT: Axis = Axis { define: "ELEMENT", values: &["f32", "bf16", "f16"] };
+
+/// The dtype of a decode state: likewise.
+const STATE: Axis = Axis { define: "STATE", values: &["f32", "bf16", "f16"] };
+
+/// 16-byte vectors that a thread keeps in registers; 0: of rows too long for that, or with any strides, it reads its
+/// elements once for every phase. Backward keeps three tensors and a sum; without a gate, where it is two, twice as many
+/// vectors as the larger number says.
+const VECTORS_FWD: Axis = Axis { define: "VECTORS", values: &["0", "1", "4"] };
+const VECTORS_BWD: Axis = Axis { define: "VECTORS", values: &["0", "1", "2"] };
+
+/// No gate, after the norm, before it: it decides which tensors take registers.
+const GATE: Axis = Axis { define: "GATE", values: &["NONE", "AFTER", "BEFORE"] };
+
+/// Rows of the state that a thread has at once: several, for loads enough under way, where there is one token; 0: one row,
+/// with any strides and sizes.
+const ROWS: Axis = Axis { define: "ROWS", values: &["0", "1", "2", "4"] };
+
+pub const KERNELS: [Kernel; 4] = number([
+    kernel("rmsnorm_gated_fwd", &[ELEMENT, VECTORS_FWD, GATE]),
+    kernel("rmsnorm_gated_bwd", &[ELEMENT, VECTORS_BWD, GATE]),
+    kernel("rmsnorm_gated_bwd_parameters", &[]),
+    kernel("selective_state_update", &[ELEMENT, STATE, ROWS]),
+]);
+
+const fn kernel(name: &'static str, axes: &'static [Axis]) -> Kernel {
+    Kernel { name, axes, first: 0 }
+}
+
+const fn number<const N: usize>(mut kernels: [Kernel; N]) -> [Kernel; N] {
+    let mut first = 0;
+    let mut index = 0;
+    while index < N {
+        kernels[index].first = first;
+        first += kernels[index].count();
+        index += 1;
+    }
+    kernels
+}
+
+/// The kernel of that name.
+pub const fn named(name: &str) -> usize {
+    let mut index = 0;
+    while index < KERNELS.len() {
+        if is_same(KERNELS[index].name, name) {
+            return index;
+        }
+        index += 1;
+    }
+    panic!("no kernel has this name");
+}
+
+const fn is_same(a: &str, b: &str) -> bool {
+    let (a, b) = (a.as_bytes(), b.as_bytes());
+    let mut index = 0;
+    while index < a.len() && index < b.len() && a[index] == b[index] {
+        index += 1;
+    }
+    index == a.len() && index == b.len()
+}
+
+/// How many instances there are of all kernels together.
+pub const COUNT: usize = KERNELS[KERNELS.len() - 1].first + KERNELS[KERNELS.len() - 1].count();
+
+/// An instance as the compiler needs it.
+pub struct Instance {
+    /// Its symbol, the same in every architecture's cubin: `rmsnorm_gated_fwd__bf16__4`.
+    pub symbol: String,
+    pub kernel: &'static str,
+    pub defines: Vec<(&'static str, &'static str)>,
+}
+
+/// All instances, in the order of their indices.
+pub fn instances() -> Vec<Instance> {
+    let of_kernel = |kernel: &'static Kernel| {
+        (0..kernel.count()).map(|index| {
+            let values = kernel.values(index);
+            Instance {
+                symbol: [vec![kernel.name], values.clone()].concat().join("__"),
+                kernel: kernel.name,
+                defines: kernel.axes.iter().map(|axis| axis.define).zip(values).collect(),
+            }
+        })
+    };
+    KERNELS.iter().flat_map(of_kernel).collect()
+}
+
+/// Whether a cubin for `arch` (sm_80, sm_90a, sm_100f) runs on a device of this compute capability.
+///
+/// A plain one runs on the same major version from its minor on, a family one (f) likewise, an architecture-specific one
+/// (a) on exactly that.
+pub fn runs_on(arch: &str, (major, minor): (u32, u32)) -> bool {
+    let digits = arch.trim_start_matches("sm_").trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let Ok(number) = digits.parse::<u32>() else { return false };
+    let (own_major, own_minor) = (number / 10, number % 10);
+    own_major == major && if arch.ends_with('a') { own_minor == minor } else { own_minor <= minor }
+}

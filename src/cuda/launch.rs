@@ -1,0 +1,99 @@
+//! The only place that launches a kernel.
+
+use std::ffi::c_void;
+use std::ptr::null_mut;
+
+use cudarc::driver::sys;
+
+use super::module::{CudaDevice, check};
+use super::params::Params;
+use crate::error::{Error, Result};
+
+/// The largest grid, along each of its dimensions.
+const MAX_BLOCKS: [usize; 3] = [0x7fff_ffff, 0xffff, 0xffff];
+
+/// Where a call runs: a device and torch's current stream of it.
+#[derive(Clone, Copy)]
+pub struct Stream {
+    pub device: &'static CudaDevice,
+    raw: sys::CUstream,
+}
+
+// SAFETY: a stream is a handle that the driver lets any thread use.
+unsafe impl Send for Stream {}
+
+impl Stream {
+    /// `raw`: as torch gives it, a stream of device `index`.
+    pub fn new(index: usize, raw: usize) -> Result<Self> {
+        Ok(Stream { device: CudaDevice::get(index)?, raw: raw as sys::CUstream })
+    }
+
+    /// Launch the instance of the params' kernel with these choices, an index of a value for each axis.
+    ///
+    /// Memory that params point to must be the device's and as large as they say: that is what the ops check.
+    pub fn launch<P: Params>(
+        &self,
+        params: &P,
+        choices: &[usize],
+        blocks: [usize; 3],
+        threads: usize,
+    ) -> Result<()> {
+        if blocks.iter().zip(MAX_BLOCKS).any(|(&blocks, most)| blocks > most) {
+            return Err(Error::Unsupported {
+                arg: "x",
+                got: format!("sizes that take {blocks:?} blocks of threads"),
+                allowed: format!("sizes that take up to {MAX_BLOCKS:?} on cuda"),
+            });
+        }
+        if blocks.contains(&0) {
+            return Ok(());
+        }
+        let [x, y, z] = blocks.map(|blocks| blocks as u32);
+        self.device.enter(|| {
+            let function = self.device.function(P::KERNEL.instance(choices))?;
+            let mut arguments = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
+            let mut attribute = sys::CUlaunchAttribute {
+                id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+                pad: [0; 4],
+                value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+            };
+            let config = sys::CUlaunchConfig {
+                gridDimX: x,
+                gridDimY: y,
+                gridDimZ: z,
+                blockDimX: threads as u32,
+                blockDimY: 1,
+                blockDimZ: 1,
+                sharedMemBytes: 0,
+                hStream: self.raw,
+                attrs: &mut attribute,
+                numAttrs: self.device.starts_early.into(),
+            };
+            // SAFETY: the function is the one that takes a P, by value, and the driver copies it during the call; the
+            // stream is one of this device, alive while the caller's tensors are; what config points to outlives the call.
+            let code = unsafe {
+                sys::cuLaunchKernelEx(&config, function, arguments.as_mut_ptr(), null_mut())
+            };
+            check(code, P::KERNEL.name)
+        })
+    }
+
+    /// How many blocks of `threads` threads the device holds at once, of the instance that `launch` would launch.
+    pub fn resident_blocks<P: Params>(&self, choices: &[usize], threads: usize) -> Result<usize> {
+        self.device.enter(|| {
+            let function = self.device.function(P::KERNEL.instance(choices))?;
+            let mut blocks = 0;
+            // SAFETY: `blocks` is a valid place for the result, the function one of this context.
+            let code = unsafe {
+                sys::cuOccupancyMaxActiveBlocksPerMultiprocessor(
+                    &mut blocks,
+                    function,
+                    threads as i32,
+                    0,
+                )
+            };
+            check(code, P::KERNEL.name)?;
+            Ok(blocks.max(1) as usize * self.device.multiprocessors as usize)
+        })
+    }
+}

@@ -1,0 +1,88 @@
+//! The structs that kernels are launched with, made by bindgen from cuda/include/params.h, and how tensors get into them.
+
+use super::instances::{KERNELS, Kernel, named};
+use crate::error::{Error, Result};
+use crate::tensor::{DType, View};
+
+pub use generated::*;
+
+mod generated {
+    // Of constants the ops use some, and the rest is as bindgen writes it.
+    #![allow(dead_code, non_camel_case_types, clippy::all, clippy::undocumented_unsafe_blocks)]
+
+    include!(concat!(env!("OUT_DIR"), "/params.rs"));
+}
+
+/// A kernel's params struct. It names the kernel, so that none is launched with another's.
+pub trait Params: Copy {
+    const KERNEL: &'static Kernel;
+}
+
+impl Params for OxiNormForward {
+    const KERNEL: &'static Kernel = &KERNELS[named("rmsnorm_gated_fwd")];
+}
+
+impl Params for OxiNormBackward {
+    const KERNEL: &'static Kernel = &KERNELS[named("rmsnorm_gated_bwd")];
+}
+
+impl Params for OxiNormParameters {
+    const KERNEL: &'static Kernel = &KERNELS[named("rmsnorm_gated_bwd_parameters")];
+}
+
+impl Params for OxiStateUpdate {
+    const KERNEL: &'static Kernel = &KERNELS[named("selective_state_update")];
+}
+
+/// A dtype's number in params.h, and its place among the values of an axis of dtypes.
+pub fn dtype(dtype: DType) -> u32 {
+    match dtype {
+        DType::F32 => OXI_F32,
+        DType::BF16 => OXI_BF16,
+        DType::F16 => OXI_F16,
+        DType::F64 | DType::I32 | DType::I64 => {
+            unreachable!("a dtype that no kernel takes, where it was checked")
+        }
+    }
+}
+
+/// A size that a kernel counts in 32 bits: of a single dimension, never a product of two.
+pub fn size(arg: &'static str, name: &str, size: usize) -> Result<i32> {
+    i32::try_from(size).map_err(|_| Error::Unsupported {
+        arg,
+        got: format!("{name} = {size}"),
+        allowed: format!("{name} < 2^31 on cuda"),
+    })
+}
+
+/// A vector, or one with no data where it was left out.
+pub fn vector(view: Option<&View<1>>) -> OxiVector {
+    view.map_or_else(OxiVector::default, |view| OxiVector {
+        data: view.data().cast(),
+        step: view.strides()[0] as i64,
+        dtype: dtype(view.dtype) as i32,
+        ..Default::default()
+    })
+}
+
+/// Where a tensor lies, for the structs of N dimensions: (null, 0 strides) where it was left out.
+fn place<const N: usize>(view: Option<&View<N>>) -> (*mut std::ffi::c_void, [i64; N]) {
+    view.map_or((std::ptr::null_mut(), [0; N]), |view| {
+        (view.data().cast(), view.strides().map(|stride| stride as i64))
+    })
+}
+
+macro_rules! tensor_struct {
+    ($name:ident, $ndim:literal) => {
+        impl From<Option<&View<$ndim>>> for $name {
+            fn from(view: Option<&View<$ndim>>) -> Self {
+                let (data, stride) = place(view);
+                $name { data, stride }
+            }
+        }
+    };
+}
+tensor_struct!(OxiTensor2, 2);
+tensor_struct!(OxiTensor3, 3);
+tensor_struct!(OxiTensor4, 4);
+tensor_struct!(OxiTensor5, 5);

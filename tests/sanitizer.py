@@ -1,0 +1,166 @@
+"""Every CUDA kernel under NVIDIA's compute-sanitizer: `python tests/sanitizer.py [TOOL...]`, all four tools by default.
+
+Prints a line for each tool, with the end of its report where it found something; the exit status says whether one did.
+The calls compare nothing, `pytest --device cuda` does that. Arguments are made on the CPU and copied, with the memory
+that surrounds them, so that no kernels run but this package's: the tools slow those down alone, and initcheck, which
+takes memory for uninitialised that a kernel it does not see has written, needs no filter.
+"""
+
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import oxiscan
+from oxiscan.testing import inputs
+
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+CPU = torch.device("cpu")
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+Call = tuple[str, Callable[[], None]]
+
+
+def on_gpu(tensor: Tensor) -> Tensor:
+    """The tensor with all of the memory that it is a view of, copied as it is."""
+    memory = tensor.new_empty(0).set_(tensor.untyped_storage()).to("cuda")
+    return memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def unaligned(tensor: Tensor) -> Tensor:
+    return torch.zeros(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape).copy_(tensor)
+
+
+def expanded(tensor: Tensor) -> Tensor:
+    return tensor[:1].clone().expand_as(tensor)
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": torch.clone,
+    "unaligned": unaligned,
+    "expanded": expanded,
+    **{name: lambda t, name=name: inputs.laid_out(t, name) for name in inputs.LAYOUTS if name != "contiguous"},
+}
+
+
+def norm(shape: tuple[int, ...], view: str, options: dict[str, Any], **sizes: Any) -> Call:
+    def call() -> None:
+        tensors = inputs.rmsnorm_gated(*shape, **sizes, device=CPU)
+        tensors = {name: on_gpu(VIEWS[view](t)).requires_grad_() for name, t in tensors.items()}
+        gradient = on_gpu(VIEWS[view](inputs.normal(*shape, dtype=sizes["dtype"], device=CPU)))
+        out = oxiscan.rmsnorm_gated(**tensors, **options)
+        torch.autograd.grad(out, list(tensors.values()), gradient)
+
+    return f"rmsnorm_gated {shape} {view} {options} {sizes}", call
+
+
+def norms() -> Iterator[Call]:
+    groups = [(1, 1), (7, 7), (33, 11), (64, 64), (100, 50), (264, 8), (1024, 256), (1025, 1025), (4096, 4096)]
+    for (dim, group_size), dtype, first in itertools.product(groups, (F32, BF16, F16), (False, True)):
+        options = {"group_size": group_size, "norm_before_gate": first}
+        yield norm((33, dim), "contiguous", options, dtype=dtype)
+        yield norm((33, dim), "contiguous", options, dtype=dtype, bias=False)
+        yield norm((1, dim), "contiguous", options, dtype=dtype, z=False, bias=False, parameters=F32)
+    for dim, dtype in itertools.product((8192, 16384, 65536), (F32, BF16)):
+        yield norm((3, dim), "contiguous", {}, dtype=dtype)
+        yield norm((3, dim), "contiguous", {"norm_before_gate": False}, dtype=dtype, bias=False)
+        yield norm((3, dim), "contiguous", {"group_size": dim // 2}, dtype=dtype, parameters=F32)
+    for view, dim, dtype in itertools.product(VIEWS, (36, 1024), (F32, BF16)):
+        yield norm((2, 5, dim), view, {}, dtype=dtype)
+        yield norm((2, 5, dim), view, {"norm_before_gate": False}, dtype=dtype, bias=False)
+    yield norm((0, 64), "contiguous", {}, dtype=F32)
+
+
+def step(view: str, slots: list[int] | None, one_value: bool, indices: torch.dtype = torch.int32, **sizes: Any) -> Call:
+    def call() -> None:
+        tensors = inputs.state_update(**sizes, batch=3, device=CPU)
+        arguments = {name: VIEWS[view](t) for name, t in tensors.items() if "state" not in name}
+        if one_value:  # a head
+            for name in ("dt", "D", "dt_bias"):
+                arguments[name] = tensors[name][..., :1].clone().expand_as(tensors[name])
+            arguments["A"] = tensors["A"][..., :1, :1].clone().expand_as(tensors["A"])
+        arguments |= {
+            name: VIEWS["contiguous" if view == "expanded" else view](t)
+            for name, t in tensors.items()
+            if "state" in name
+        }
+        if slots is not None:
+            arguments["state_batch_indices"] = torch.tensor(slots, dtype=indices).repeat_interleave(2)[::2]
+        oxiscan.selective_state_update(**{name: on_gpu(t) for name, t in arguments.items()}, dt_softplus=True)
+
+    return f"selective_state_update {view} {slots} {one_value} {indices} {sizes}", call
+
+
+def steps() -> Iterator[Call]:
+    some = [2, -1, 0]
+    for dstate, dtype, state, one in itertools.product(
+        (1, 7, 16, 64, 100, 128, 256), (F32, BF16, F16), (F32, BF16, F16), (False, True)
+    ):
+        yield step("contiguous", None, one, dim=33, dstate=dstate, dtype=dtype, state=state)
+    for dim, dstate, seqlen, dtype in itertools.product((1, 3, 64, 65, 130), (7, 128), (None, 0, 3), (F32, BF16)):
+        sizes = {"dim": dim, "dstate": dstate, "seqlen": seqlen, "dtype": dtype, "parameters": F32}
+        yield step("contiguous", some, dim % 2 == 0, **sizes, intermediate=True)
+    for view, dstate, seqlen, one in itertools.product(VIEWS, (24, 128), (None, 3), (False, True)):
+        yield step(view, some, one, dim=64, dstate=dstate, seqlen=seqlen, dtype=BF16, state=F32, intermediate=True)
+    for slots, indices in itertools.product(([3, -2, 2**31 - 1], [-1, -1, -1], [0, 1, 2]), (torch.int32, torch.int64)):
+        yield step("contiguous", slots, False, indices, dim=64, dstate=128, dtype=F32, seqlen=2, intermediate=True)
+    yield step("contiguous", None, False, nheads=None, ngroups=None, dim=130, dstate=16, dtype=BF16, parameters=F32)
+
+
+#: By public op: its calls.
+CALLS: dict[str, Callable[[], Iterator[Call]]] = {"rmsnorm_gated": norms, "selective_state_update": steps}
+
+
+def make_calls() -> None:
+    """All calls, each announced, so that a report's end says which one it is about."""
+    for calls in CALLS.values():
+        for name, call in calls():
+            print(name, flush=True)
+            call()
+            torch.cuda.synchronize()
+
+
+def command(sanitizer: str, tool: str) -> list[str]:
+    options = ["--tool", tool, "--error-exitcode", "1", "--print-limit", "20"]
+    known = subprocess.run([sanitizer, "--help"], capture_output=True, text=True).stdout
+    if tool == "memcheck" and "--padding" in known:
+        options += ["--padding", "512"]  # between allocations, which would hide an access past the end of one
+    return [sanitizer, *options, sys.executable, __file__, "--calls"]
+
+
+def main() -> int:
+    if sys.argv[1:] == ["--calls"]:
+        make_calls()
+        return 0
+    tools = sys.argv[1:] or TOOLS
+    unknown = [tool for tool in tools if tool not in TOOLS]
+    sanitizer = shutil.which("compute-sanitizer")
+    if unknown or sanitizer is None:
+        print(f"got {unknown[0]}; allowed: {', '.join(TOOLS)}" if unknown else "no compute-sanitizer on PATH")
+        return 2
+    found = False
+    for tool in tools:
+        begin = time.monotonic()
+        # An allocation each, so that the end of a tensor is the end of its memory.
+        environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        done = subprocess.run(
+            command(sanitizer, tool), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        )
+        seconds = time.monotonic() - begin
+        if done.returncode == 0:
+            print(f"{tool}: clean ({seconds:.0f} s)", flush=True)
+        else:
+            found = True
+            report = "\n".join(done.stdout.splitlines()[-80:])
+            print(f"{tool}: exit status {done.returncode} ({seconds:.0f} s)\n{report}", flush=True)
+    return int(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,799 @@
+"""The CUDA backend: what it promises beyond the results, which the files of the ops test by `--device cuda`.
+
+Streams, graphs, threads, devices, forks, sizes above 2^31, edges of tiles and alignment, launches, synchronisation.
+"""
+
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import DeviceType
+
+import oxiscan
+from oxiscan import _C, reference
+from oxiscan.testing import TOLERANCES, assert_close, compare, inputs, run
+from test_selective_state_update import WRITTEN, compare_update
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@pytest.fixture(autouse=True)
+def cuda(device):
+    if device.type != "cuda":
+        pytest.skip("tests of the CUDA backend: --device cuda")
+
+
+class Case(NamedTuple):
+    """A call of an op that every test of streams, graphs, threads and so on makes."""
+
+    name: str
+    #: Its name in `oxiscan`.
+    op: str
+    #: Arguments on a device, the same for the same seed.
+    make: Callable[..., dict[str, Tensor]]
+    options: dict[str, Any]
+    #: Arguments of the outputs' shapes and dtypes, for their gradients; none for an op without gradients.
+    like: tuple[str, ...] = ()
+    #: Arguments that are updated in place.
+    written: tuple[str, ...] = ()
+    #: What the kernels' names start with, in the order of their launches: of forward, of backward.
+    forward: tuple[str, ...] = ()
+    backward: tuple[str, ...] = ()
+
+    def tensors(self, device: Any, seed: int = 0) -> dict[str, Tensor]:
+        """The arguments, with those of the outputs' gradients as "gradient 0" and so on."""
+        tensors = self.make(device=device, seed=seed)
+        gradients = self.make(device=device, seed=seed + 1000)
+        return tensors | {f"gradient {i}": gradients[name] for i, name in enumerate(self.like)}
+
+    def results(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs, gradients and what the call leaves in the arguments that it updates; nothing else is changed."""
+        arguments = {name: t for name, t in tensors.items() if not name.startswith("gradient")}
+        op = getattr(oxiscan, self.op)
+        if self.like:
+            gradients = [t for name, t in tensors.items() if name.startswith("gradient")]
+            return run(op, arguments, self.options, gradients)
+        arguments |= {name: arguments[name].clone() for name in self.written}
+        return {"out0": op(**arguments, **self.options)} | {name: arguments[name] for name in self.written}
+
+
+def norm(*shape, strided=False, **sizes):
+    def make(*, device, seed):
+        tensors = inputs.rmsnorm_gated(*shape, **sizes, device=device, seed=seed)
+        return {name: inputs.strided(t) for name, t in tensors.items()} if strided else tensors
+
+    return make
+
+
+def state_update(**sizes):
+    def make(*, device, seed):
+        return inputs.state_update(**sizes, device=device, seed=seed)
+
+    return make
+
+
+NORM: dict[str, Any] = {
+    "like": ("x",),
+    "forward": ("rmsnorm_gated_fwd",),
+    "backward": ("rmsnorm_gated_bwd", "rmsnorm_gated_bwd_parameters"),
+}
+UPDATE: dict[str, Any] = {"written": ("state",), "forward": ("selective_state_update",)}
+
+CASES = [
+    Case("norm", "rmsnorm_gated", norm(4, 70, 1024, dtype=F32), {"group_size": 256}, **NORM),
+    Case(
+        "norm_gate_first",
+        "rmsnorm_gated",
+        norm(300, 4096, dtype=BF16, bias=False, parameters=F32),
+        {"norm_before_gate": False},
+        **NORM,
+    ),
+    Case("norm_odd", "rmsnorm_gated", norm(3, 50, 333, dtype=F16), {"group_size": 111}, **NORM),
+    Case("norm_strided", "rmsnorm_gated", norm(5, 6, 128, dtype=BF16, strided=True), {}, **NORM),
+    Case(
+        "state_update",
+        "selective_state_update",
+        state_update(batch=6, nheads=8, dim=64, dstate=128, slots=9, dtype=BF16, parameters=F32, state=F32),
+        {"dt_softplus": True},
+        **UPDATE,
+    ),
+    Case(
+        "state_update_tokens",
+        "selective_state_update",
+        state_update(batch=3, seqlen=4, nheads=4, dim=65, dstate=19, slots=5, intermediate=True, dtype=F32),
+        {"dt_softplus": True},
+        **UPDATE | {"written": ("state", "intermediate_ssm_states")},
+    ),
+]
+BY_NAME = {case.name: case for case in CASES}
+EVERY = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+#: One for each op.
+ONE_EACH = pytest.mark.parametrize("case", [BY_NAME["norm"], BY_NAME["state_update"]], ids=lambda case: case.op)
+
+
+def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        # NaN, which memory around a strided result holds, is equal to itself here.
+        assert torch.equal(actual[name].nan_to_num(7.0), value.nan_to_num(7.0)), name
+        assert torch.equal(actual[name].isnan(), value.isnan()), name
+
+
+def run_here(function: str, *arguments: str, **environment: str) -> str:
+    """Call a function of this file in a new process; what it prints."""
+    code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import test_cuda; test_cuda.{function}"
+    command = [sys.executable, "-c", f"{code}(*sys.argv[1:])", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.strip()
+
+
+def test_this_build_has_kernels_for_the_ops_tested_here():
+    assert {case.op for case in CASES} <= set(_C.build_info().get("cuda_ops", []))
+
+
+def test_an_op_without_kernels_says_so(device):
+    """What `conftest` skips by. Every public op has either kernels or this message."""
+    from test_compile import CASES as training
+    from test_compile import UPDATES as inference
+
+    on_cuda = _C.build_info().get("cuda_ops", [])
+    for op, make, options in [*training.values(), *inference.values()]:
+        if op.__name__ not in on_cuda:
+            tensors = make(batch=2, seqlen=3, dtype=F32, device=device)
+            with pytest.raises(
+                NotImplementedError, match=r"got a tensor on cuda:\d+; allowed: cpu, the only backend of"
+            ):
+                op(**tensors, **options)
+
+
+# --- Determinism, streams, graphs, threads
+
+
+@EVERY
+def test_runs_give_the_same_bits_also_beside_other_work(case, device):
+    tensors = case.tensors(device)
+    first = case.results(tensors)
+    busy, matrix = torch.cuda.Stream(), torch.randn(4096, 4096, device=device)
+    torch.cuda.synchronize()
+    for i in range(10):
+        if i >= 5:
+            with torch.cuda.stream(busy):
+                matrix @ matrix
+        assert_same_bits(case.results(tensors), first)
+    torch.cuda.synchronize()
+
+
+@EVERY
+def test_no_element_is_left_unwritten(case, device):
+    assert torch.empty(1000, device=device).isnan().all(), "uninitialised memory is not filled"
+    tensors = case.tensors(device)
+    for name, value in case.results(tensors).items():
+        assert value.isfinite().all(), name
+
+
+@EVERY
+def test_work_goes_to_the_current_stream(case, device):
+    tensors = case.tensors(device)
+    expected = case.results(tensors)
+    # The memory of strided arguments too, so that their layouts are the same.
+    late = {name: in_memory_of_its_own(t) for name, t in tensors.items()}
+    for t in late.values():
+        t.fill_(float("nan") if t.is_floating_point() else -1)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)  # 0.1 s, in which another stream would read the NaNs
+        for name, t in late.items():
+            t.copy_(tensors[name])
+        actual = case.results(late)
+    stream.synchronize()
+    assert_same_bits(actual, expected)
+
+
+def in_memory_of_its_own(tensor: Tensor) -> Tensor:
+    memory = tensor.new_empty(0).set_(tensor.untyped_storage()).clone()
+    return memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+@EVERY
+def test_a_captured_call_is_replayed_on_new_values(case, device):
+    static = case.tensors(device)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        case.results(static)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        actual = case.results(static)
+    for seed in (0, 1, 2):
+        new = case.tensors(device, seed)
+        for name, t in static.items():
+            t.copy_(new[name])
+        graph.replay()
+        assert_same_bits(actual, case.results(static))
+
+
+@ONE_EACH
+def test_the_first_call_of_a_process_may_be_captured(case):
+    assert run_here("capture_the_first_call", case.name) == "the same"
+
+
+def capture_the_first_call(name: str) -> None:
+    """In a process of its own: the kernels are loaded during the capture."""
+    case, device = BY_NAME[name], torch.device("cuda")
+    tensors = case.tensors(device)
+    # torch's own first calls.
+    x = torch.ones(4, device=device, requires_grad=True)
+    torch.autograd.grad((x * x).sum(), x)
+    x.detach().clone()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        actual = case.results(tensors)
+    graph.replay()
+    assert_same_bits(actual, case.results(tensors))
+    print("the same")
+
+
+@EVERY
+@pytest.mark.parametrize("threads", [2, 4])
+def test_threads_with_a_stream_each(case, threads, device):
+    arguments = [case.tensors(device, seed) for seed in range(threads)]
+    expected = [case.results(tensors) for tensors in arguments]
+    torch.cuda.synchronize()
+
+    def work(i):
+        stream = torch.cuda.Stream(device)
+        with torch.cuda.stream(stream):
+            results = [case.results(arguments[i]) for _ in range(20)]
+        stream.synchronize()
+        return results
+
+    with ThreadPoolExecutor(threads) as pool:
+        results = list(pool.map(work, range(threads)))
+    for i, runs in enumerate(results):
+        for values in runs:
+            assert_same_bits(values, expected[i])
+
+
+# --- Devices and processes
+
+
+@pytest.fixture
+def second():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs a second GPU")
+    return torch.device("cuda:1")
+
+
+@EVERY
+def test_a_device_that_is_not_the_current_one(case, second):
+    assert torch.cuda.current_device() == 0
+    expected = case.results(case.tensors("cuda:0"))
+    actual = case.results(case.tensors(second))
+    assert torch.cuda.current_device() == 0
+    assert all(value.device == second for value in actual.values())
+    torch.cuda.synchronize(second)
+    if torch.cuda.get_device_name(0) == torch.cuda.get_device_name(1):
+        assert_same_bits({name: value.to("cuda:0") for name, value in actual.items()}, expected)
+
+
+@EVERY
+def test_arguments_on_two_gpus_are_refused(case, second):
+    assert_refuses_another_device(case, second, "cuda:1")
+
+
+@EVERY
+def test_an_argument_on_the_cpu_is_refused(case):
+    assert_refuses_another_device(case, torch.device("cpu"), "cpu")
+
+
+def assert_refuses_another_device(case, other, name):
+    tensors = {n: t for n, t in case.tensors("cuda:0").items() if not n.startswith("gradient")}
+    before = {n: t.clone() for n, t in tensors.items()}
+    for argument in tensors:
+        if argument != "x":
+            with pytest.raises(ValueError, match=f"^{argument}: got a tensor on {name}; allowed: the device of x"):
+                getattr(oxiscan, case.op)(**tensors | {argument: tensors[argument].to(other)}, **case.options)
+    assert_same_bits(tensors, before)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@ONE_EACH
+def test_a_forked_child_uses_cuda(case):
+    assert run_here("fork_then_use_cuda", case.name) == "the same"
+
+
+def fork_then_use_cuda(name: str) -> None:
+    """In a process of its own: the parent runs on the CPU alone, with threads, the child on the GPU."""
+    case = BY_NAME[name]
+    tensors = case.tensors("cpu")
+    with torch.no_grad():
+        out = getattr(oxiscan, case.op)(
+            **{n: t.clone() for n, t in tensors.items() if not n.startswith("gradient")}, **case.options
+        )
+    assert not torch.cuda.is_initialized()
+    child = os.fork()
+    if child == 0:
+        try:
+            results = case.results({n: t.to("cuda") for n, t in tensors.items()})
+            assert_close("out", results["out0"], out.to("cuda"), 2 * TOLERANCES[out.dtype][0])
+            print("the same", flush=True)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+# --- Launches and synchronisation
+
+
+@EVERY
+def test_launches(case, device):
+    tensors = case.tensors(device)
+    case.results(tensors)
+    arguments = {n: t.detach() for n, t in tensors.items() if not n.startswith("gradient")}
+    if case.like:
+        arguments = {n: t.requires_grad_(t.is_floating_point()) for n, t in arguments.items()}
+    leaves = [t for t in arguments.values() if t.requires_grad]
+    outputs = []
+
+    def forward():
+        outputs.append(getattr(oxiscan, case.op)(**arguments, **case.options))
+
+    def backward():
+        torch.autograd.grad(outputs, leaves, [t for n, t in tensors.items() if n.startswith("gradient")])
+
+    assert_launches(case.forward, launches(forward))
+    if case.like:
+        assert_launches(case.backward, launches(backward))
+
+
+def assert_launches(expected: tuple[str, ...], actual: list[str]) -> None:
+    """Nothing but these kernels; the last ones may be left out."""
+    assert 1 <= len(actual) <= len(expected), actual
+    assert all(name.startswith(prefix) for name, prefix in zip(actual, expected, strict=False)), actual
+
+
+def launches(call: Callable[[], Any]) -> list[str]:
+    """The names of the kernels that a call launches, without the filling of uninitialised memory."""
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        torch.cuda.synchronize()
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the profiler's own
+            with torch.profiler.profile(activities=activities) as profile:
+                call()
+                torch.cuda.synchronize()
+        events = [event for event in profile.events() if event.device_type == DeviceType.CUDA]
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+    events.sort(key=lambda event: event.time_range.start)
+    return [event.name for event in events]
+
+
+@EVERY
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
+def test_the_host_waits_for_nothing(case, device):
+    tensors = case.tensors(device)
+    case.results(tensors)  # loads the kernels, and leaves memory for the next call
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.cuda._sleep(2_000_000_000)  # a second: all of the call is queued behind it
+        case.results(tensors)
+        assert not torch.cuda.current_stream().query()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+
+
+# --- Errors
+
+
+@EVERY
+def test_float64_is_refused(case, device):
+    tensors = {n: t for n, t in case.tensors(device).items() if not n.startswith("gradient")}
+    before = {n: t.clone() for n, t in tensors.items()}
+    op = getattr(oxiscan, case.op)
+    with pytest.raises(TypeError, match="^x: got float64; allowed: float32, bfloat16, float16$"):
+        op(**{n: t.double() if t.is_floating_point() else t for n, t in tensors.items()}, **case.options)
+    for name, t in tensors.items():
+        if name != "x" and t.is_floating_point():
+            with pytest.raises(TypeError, match=f"^{name}: got float64; allowed: (?!.*float64)"):
+                op(**tensors | {name: t.double()}, **case.options)
+    assert_same_bits(tensors, before)
+
+
+def test_a_state_that_is_too_wide_is_refused(device):
+    tensors = inputs.state_update(dstate=257, dtype=F32, device=device)
+    before = tensors["state"].clone()
+    with pytest.raises(NotImplementedError, match="^state: got dstate = 257; allowed: dstate <= 256 on cuda$"):
+        oxiscan.selective_state_update(**tensors)
+    assert torch.equal(tensors["state"], before)
+
+
+# --- Norm: edges of tiles, alignment, layouts
+
+NORM_DIMS = [
+    1,
+    2,
+    7,
+    8,
+    31,
+    32,
+    33,
+    63,
+    64,
+    65,
+    255,
+    256,
+    257,
+    1000,
+    1023,
+    1024,
+    1025,
+    2048,
+    4096,
+    8192,
+    16384,
+    32768,
+    65536,
+]
+GATES = pytest.mark.parametrize("norm_before_gate", [False, True])
+
+
+def compare_norm(tensors, group_size=None, **options):
+    # eps: all that keeps the gradient of a group of one or two elements from cancelling out.
+    options = {"eps": 0.1 if (group_size or tensors["x"].shape[-1]) <= 2 else 1e-6, "group_size": group_size} | options
+    return compare(oxiscan.rmsnorm_gated, reference.rmsnorm_gated, tensors, options)
+
+
+@pytest.mark.parametrize("dim", NORM_DIMS)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@GATES
+def test_norm_dims(dim, dtype, norm_before_gate, device):
+    for rows, bias in itertools.product((1, 2, 3, 130), (False, True)):
+        tensors = inputs.rmsnorm_gated(rows, dim, bias=bias, dtype=dtype, device=device)
+        compare_norm(tensors, norm_before_gate=norm_before_gate)
+    compare_norm(inputs.rmsnorm_gated(3, dim, z=False, bias=False, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize(
+    ("dim", "group_size"),
+    [(21, 7), (33, 11), (64, 1), (66, 2), (264, 8), (399, 133), (1000, 125), (4095, 1365), (4096, 64), (8192, 4096),
+     (65536, 32), (65534, 32767), (65536, 32768)],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@GATES
+def test_norm_groups(dim, group_size, dtype, norm_before_gate, device):
+    for rows, bias in itertools.product((1, 130), (False, True)):
+        tensors = inputs.rmsnorm_gated(rows, dim, bias=bias, dtype=dtype, parameters=F32, device=device)
+        compare_norm(tensors, group_size, norm_before_gate=norm_before_gate)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_norm_of_many_rows(bias, device):
+    tensors = inputs.rmsnorm_gated(70_001, 40, bias=bias, dtype=BF16, parameters=F32, device=device)
+    compare_norm(tensors, group_size=8)
+
+
+def unaligned(tensor: Tensor) -> Tensor:
+    """One element off 16 bytes."""
+    return tensor.new_empty(tensor.numel() + 1)[1:].view(tensor.shape).copy_(tensor)
+
+
+def odd_rows(tensor: Tensor) -> Tensor:
+    """Aligned data, lines whose stride is no multiple of 8."""
+    dim = tensor.shape[-1]
+    return tensor.new_empty(*tensor.shape[:-1], dim + 3)[..., :dim].copy_(tensor)
+
+
+def part_of_a_projection(tensor: Tensor) -> Tensor:
+    """Aligned lines, between others."""
+    dim = tensor.shape[-1]
+    return tensor.new_empty(*tensor.shape[:-1], 8 + dim + 16 * dim).split([8, dim, 16 * dim], dim=-1)[1].copy_(tensor)
+
+
+def sequence_first(tensor: Tensor) -> Tensor:
+    return tensor.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def one_row_for_all(tensor: Tensor) -> Tensor:
+    """Other values: the first row's for every row."""
+    return tensor[:1, :1].expand_as(tensor)
+
+
+def one_element_for_all(tensor: Tensor) -> Tensor:
+    """Other values: the first element's for every element."""
+    return tensor[:1, :1, :1].expand_as(tensor)
+
+
+VIEWS = [
+    unaligned,
+    odd_rows,
+    part_of_a_projection,
+    sequence_first,
+    one_row_for_all,
+    one_element_for_all,
+    inputs.strided,
+]
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize(("dim", "group_size"), [(64, 64), (100, 50), (1024, 1024), (4096, 1024), (8192, 8192)])
+@GATES
+@pytest.mark.parametrize("bias", [False, True])
+def test_norm_views(view, dtype, dim, group_size, norm_before_gate, bias, device):
+    options = {"group_size": group_size, "norm_before_gate": norm_before_gate}
+    tensors = inputs.rmsnorm_gated(3, 5, dim, bias=bias, dtype=dtype, device=device)
+    tensors["dout"] = inputs.normal(3, 5, dim, dtype=dtype, device=device)
+    for changed in (("x",), ("z",), ("dout",), ("x", "z", "dout")):
+        views = {name: view(t) if name in changed else t for name, t in tensors.items()}
+        gradient = views.pop("dout")
+        actual = run(oxiscan.rmsnorm_gated, views, options, [gradient])
+        exact = {name: t.double() for name, t in views.items()}
+        expected = run(reference.rmsnorm_gated, exact, options, [gradient.double()])
+        for name, value in actual.items():
+            assert_close(name, value, expected[name], TOLERANCES[dtype][name != "out0"])
+
+
+@pytest.mark.parametrize("view", [lambda t: t.repeat_interleave(2)[::2], unaligned, lambda t: t[:1].expand_as(t)])
+@pytest.mark.parametrize(("dtype", "parameters"), [(F32, F32), (BF16, BF16), (BF16, F32), (F16, F32)])
+@pytest.mark.parametrize("dim", [65, 1024])
+def test_norm_views_of_parameters(view, dtype, parameters, dim, device):
+    tensors = inputs.rmsnorm_gated(7, dim, dtype=dtype, parameters=parameters, device=device)
+    compare_norm(tensors | {"weight": view(tensors["weight"])})
+    compare_norm({n: view(t) if n == "weight" else t for n, t in tensors.items() if n != "bias"})
+    compare_norm(tensors | {"bias": view(tensors["bias"])}, norm_before_gate=False)
+    compare_norm(tensors | {name: view(tensors[name]) for name in ("weight", "bias")})
+
+
+@pytest.mark.parametrize(("weight", "bias"), [(F32, BF16), (BF16, F32)])
+def test_norm_parameters_of_two_dtypes(weight, bias, device):
+    tensors = inputs.rmsnorm_gated(7, 100, dtype=BF16, device=device)
+    compare_norm(tensors | {"weight": tensors["weight"].to(weight), "bias": tensors["bias"].to(bias)})
+
+
+# --- State update: edges of tiles, alignment, layouts, slots
+
+DSTATES = [1, 7, 8, 12, 16, 24, 32, 48, 64, 96, 100, 128, 192, 256]
+
+
+def compare_steps(tensors):
+    """With dt_softplus: a state that only decays stays in float16's range."""
+    return compare_update(tensors, dt_softplus=True)
+
+
+def expanded(tensors):
+    """One value a head of dt, A, D and dt_bias, as Mamba-2 passes them."""
+    values = {name: tensors[name][..., :1].expand_as(tensors[name]) for name in ("dt", "D", "dt_bias")}
+    return tensors | values | {"A": tensors["A"][..., :1, :1].expand_as(tensors["A"])}
+
+
+@pytest.mark.parametrize("dstate", DSTATES)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("state", [F32, BF16, F16])
+def test_state_update_dstate(dstate, dtype, state, device):
+    sizes = {"dim": 65, "dstate": dstate, "slots": 5, "dtype": dtype, "state": state, "device": device}
+    compare_steps(inputs.state_update(**sizes))
+    compare_steps(inputs.state_update(**sizes, seqlen=3, intermediate=True, parameters=F32))
+    compare_steps(expanded(inputs.state_update(**sizes, parameters=F32)))
+
+
+@pytest.mark.parametrize("dim", [1, 3, 31, 32, 33, 63, 64, 65, 130, 1000])
+@pytest.mark.parametrize("dstate", [7, 16, 128, 256])
+@pytest.mark.parametrize("seqlen", [None, 3])
+@pytest.mark.parametrize(("dtype", "state"), [(F32, F32), (BF16, F32), (BF16, BF16)])
+def test_state_update_dim(dim, dstate, seqlen, dtype, state, device):
+    sizes = {"dim": dim, "dstate": dstate, "seqlen": seqlen, "dtype": dtype, "state": state, "device": device}
+    compare_steps(inputs.state_update(**sizes))
+    compare_steps(expanded(inputs.state_update(**sizes)))
+
+
+@pytest.mark.parametrize(("dim", "dstate"), [(5120, 16), (2050, 128), (33, 5)])
+def test_state_update_without_heads(dim, dstate, device):
+    sizes = {"nheads": None, "ngroups": None, "dim": dim, "dstate": dstate}
+    compare_steps(inputs.state_update(**sizes, dtype=BF16, parameters=F32, state=F32, device=device))
+
+
+def test_state_update_of_many_sequences(device):
+    sizes = {"batch": 300, "nheads": 16, "dim": 64, "dstate": 128, "ngroups": 2, "slots": 301}
+    tensors = inputs.state_update(**sizes, dtype=BF16, parameters=F32, state=F32, device=device)
+    compare_steps(expanded(tensors))
+
+
+SENTINEL = 7.0
+#: A state (slots, nheads, dim, dstate) within a larger tensor.
+POOLS = {
+    "of layers": lambda s, h, d, n: ((s, 3, h, d, n), lambda pool: pool[:, 1]),
+    "of wider rows": lambda s, h, d, n: ((s, h, d, n + 8), lambda pool: pool[..., :n]),
+    "of rows of odd stride": lambda s, h, d, n: ((s, h, d, n + 3), lambda pool: pool[..., :n]),
+    "unaligned": lambda s, h, d, n: ((s * h * d * n + 1,), lambda pool: pool[1:].view(s, h, d, n)),
+    "dstate first": lambda s, h, d, n: ((s, h, n, d), lambda pool: pool.transpose(-1, -2)),
+    "heads last": lambda s, h, d, n: ((s, d, n, h), lambda pool: pool.permute(0, 3, 1, 2)),
+    "every other element": lambda s, h, d, n: ((s, h, d, 2 * n), lambda pool: pool[..., ::2]),
+}
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize(("dim", "dstate"), [(64, 128), (33, 20)])
+def test_state_update_within_a_pool(pool, dtype, dim, dstate, device):
+    tensors = inputs.state_update(dim=dim, dstate=dstate, slots=5, dtype=dtype, device=device)
+    shape, view = POOLS[pool](*tensors["state"].shape)
+    memory = torch.full(shape, SENTINEL, dtype=dtype, device=device)
+    tensors["state"] = view(memory).copy_(tensors["state"])
+    compare_steps(tensors)
+    tensors["state"].fill_(SENTINEL)
+    assert (memory == SENTINEL).all()
+
+
+@pytest.mark.parametrize("view", [unaligned, odd_rows, part_of_a_projection, inputs.strided])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("seqlen", [None, 3])
+def test_state_update_views(view, dtype, seqlen, device):
+    tensors = inputs.state_update(seqlen=seqlen, dim=64, dstate=128, dtype=dtype, device=device)
+    for changed in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias"):
+        compare_steps({n: view(t) if n == changed else t.clone() for n, t in tensors.items()})
+    compare_steps({n: t.clone() if n == "state" else view(t) for n, t in tensors.items()})
+
+
+@pytest.mark.parametrize("indices", [torch.int32, torch.int64])
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("dstate", [128, 7])
+def test_slots_outside_the_state_give_nan_and_touch_nothing(indices, step, dstate, device):
+    far = 2**31 - 1 if indices == torch.int32 else 2**40
+    slots = [1, -1, 4, -2, far, -far, 3]
+    sizes = {"batch": len(slots), "seqlen": 2, "dim": 64, "dstate": dstate, "slots": 10, "intermediate": True}
+    tensors = inputs.state_update(**sizes, dtype=F32, device=device)
+    tensors = {n: t[:4].clone() if n in WRITTEN else t for n, t in tensors.items()}
+    tensors["state_batch_indices"] = torch.tensor(slots, dtype=indices, device=device).repeat_interleave(step)[::step]
+    for name in WRITTEN:
+        tensors[name][[0, 2]] = SENTINEL
+    kept = [0, 6]
+    alone = {n: t[kept] if n in ("x", "dt", "B", "C", "z") else t.clone() for n, t in tensors.items()}
+    alone["state_batch_indices"] = torch.tensor([1, 3], dtype=indices, device=device)
+    out = oxiscan.selective_state_update(**tensors)
+    assert torch.equal(out[kept], oxiscan.selective_state_update(**alone))
+    assert (out[1] == 0).all()
+    assert out[2:6].isnan().all()
+    for name in WRITTEN:
+        assert torch.equal(tensors[name], alone[name])
+        assert (tensors[name][[0, 2]] == SENTINEL).all()
+
+
+def test_only_slots_outside_the_state(device):
+    tensors = inputs.state_update(batch=2, slots=2, dtype=BF16, state=F32, device=device)
+    tensors["state_batch_indices"] = torch.tensor([2, -2], device=device)
+    tensors["state"].fill_(SENTINEL)
+    assert oxiscan.selective_state_update(**tensors).isnan().all()
+    assert (tensors["state"] == SENTINEL).all()
+
+
+@pytest.mark.parametrize("dstate", [128, 7])
+@pytest.mark.parametrize("intermediate", [F32, BF16, F16])
+@pytest.mark.parametrize("state", [F32, BF16])
+def test_intermediate_states_in_another_dtype(dstate, intermediate, state, device):
+    tensors = inputs.state_update(seqlen=4, dim=64, dstate=dstate, slots=5, dtype=BF16, state=state, device=device)
+    shape = (5, 4, *tensors["state"].shape[1:])
+    for view in (torch.clone, inputs.strided, unaligned):
+        states = view(torch.zeros(shape, dtype=intermediate, device=device))
+        compare_steps({n: t.clone() for n, t in tensors.items()} | {"intermediate_ssm_states": states})
+
+
+@pytest.mark.parametrize("dstate", [8, 128, 7])
+@pytest.mark.parametrize("A", ["each", "one"])
+def test_a_hundred_thousand_tiny_decays(dstate, A, device):
+    """A decay of 1 - 1e-5 rounded to float32 would be off by 3e-3 of what it forgets, the same way at every token."""
+    seqlen = 100_000
+    tensors = inputs.state_update(
+        batch=1, seqlen=seqlen, nheads=1, dim=2, ngroups=1, dstate=dstate, dtype=F32, device="cpu"
+    )
+    tensors = {n: tensors[n] for n in ("state", "x", "dt", "A", "B", "C")}
+    tensors["dt"] = 1e-5 * (0.5 + tensors["dt"].abs().clamp(max=1.0))
+    tensors["A"] = -0.5 - tensors["A"].abs().clamp(max=1.0)
+    if A == "one":
+        tensors["dt"] = tensors["dt"][..., :1].expand_as(tensors["dt"])
+        tensors["A"] = tensors["A"][:, :1, :1].expand_as(tensors["A"])
+    # Every state in closed form: exp(A c) (state + sum of exp(-A c) dt x B), c the sum of dt, at most 1.5.
+    exact = {n: t.double() for n, t in tensors.items()}
+    dt, x, B, C = (exact[n][0, :, 0] for n in ("dt", "x", "B", "C"))
+    decay = exact["A"][0] * dt.cumsum(0)[:, :, None]
+    added = (-decay).exp() * (dt * x)[:, :, None] * B[:, None, :]
+    states = decay.exp() * (exact["state"][0, 0] + added.cumsum(0))
+    on_device = {n: t.to(device) for n, t in tensors.items()}
+    if A == "one":
+        on_device |= {n: on_device[n][..., :1].expand_as(on_device[n]) for n in ("dt", "A")}
+    out = oxiscan.selective_state_update(**on_device)
+    assert_close("state", on_device["state"][0, 0].cpu(), states[-1], TOLERANCES[F32][0])
+    assert_close("out", out[0, :, 0].cpu(), (states * C[:, None, :]).sum(-1), TOLERANCES[F32][0])
+
+
+# --- Above 2^31 elements
+
+
+def needs_memory(gib: int) -> None:
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    if free < gib:
+        pytest.skip(f"needs {gib} GiB of free GPU memory; {free:.1f} GiB are free")
+
+
+@GATES
+def test_above_2_31_elements_of_the_norm(norm_before_gate, device):
+    needs_memory(40)
+    rows, dim = 2**21 + 3, 1024
+    options = {"norm_before_gate": norm_before_gate, "group_size": 512}
+    generator = torch.Generator(device).manual_seed(0)
+    x, z, dout = (torch.randn(rows, dim, dtype=BF16, device=device, generator=generator) for _ in range(3))
+    assert x.numel() > 2**31
+    weight = inputs.normal(dim, dtype=F32, device=device)
+    actual = run(oxiscan.rmsnorm_gated, {"x": x, "weight": weight, "z": z}, options, [dout])
+    dweight = torch.zeros(dim, dtype=torch.float64, device=device)
+    compared = (0, 2**19 + 1, 2**20, 2**21 - 2)
+    for begin in range(0, rows, 2**15):
+        part = {"x": x[begin : begin + 2**15], "weight": weight, "z": z[begin : begin + 2**15]}
+        part = {name: t.double() for name, t in part.items()}
+        expected = run(reference.rmsnorm_gated, part, options, [dout[begin : begin + 2**15].double()])
+        dweight += expected["dweight"]
+        for row in compared:
+            if begin <= row < begin + 2**15:
+                for name in ("out0", "dx", "dz"):
+                    few = slice(row - begin, row - begin + 5)
+                    value = actual[name][begin : begin + 2**15][few]
+                    assert_close(f"{name} from row {row}", value, expected[name][few], TOLERANCES[BF16][name != "out0"])
+    for name in ("out0", "dx", "dz"):
+        last = slice(rows - 3, rows)
+        assert_close(f"{name}'s last rows", actual[name][last], expected[name][-3:], TOLERANCES[BF16][name != "out0"])
+        assert all(part.isfinite().all() for part in actual[name].split(2**18))
+    assert_close("dweight", actual["dweight"], dweight, TOLERANCES[F32][1])
+
+
+def test_above_2_31_elements_of_a_state(device):
+    needs_memory(16)
+    nheads, dim, dstate = 64, 64, 128
+    slots = 2**31 // (nheads * dim * dstate) + 3
+    tensors = inputs.state_update(
+        batch=4, nheads=nheads, dim=dim, dstate=dstate, dtype=BF16, parameters=F32, device=device
+    )
+    used = [slots - 1, 0, slots - 3, slots // 2 + 1]
+    state = torch.full((slots, nheads, dim, dstate), SENTINEL, dtype=BF16, device=device)
+    assert state.numel() > 2**31
+    for row, slot in enumerate(used):
+        state[slot] = tensors["state"][row]
+    indices = torch.tensor(used, dtype=torch.int32, device=device)
+    out = oxiscan.selective_state_update(**tensors | {"state": state}, state_batch_indices=indices, dt_softplus=True)
+    assert torch.equal(out, compare_steps(tensors))
+    for row, slot in enumerate(used):
+        assert torch.equal(state[slot], tensors["state"][row])
+        state[slot] = SENTINEL
+    assert all((part == SENTINEL).all() for part in state.split(256))
+
+
+# --- The sanitizer
+
+SANITIZER = Path(__file__).with_name("sanitizer.py")
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="no compute-sanitizer on PATH")
+def test_no_access_is_out_of_bounds():
+    done = subprocess.run([sys.executable, SANITIZER, "memcheck"], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
