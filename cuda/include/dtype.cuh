@@ -114,6 +114,7 @@ __device__ inline void store_pack(T *line, long long step, int first, int size, 
 
 // An element of fp32 if `wide`, otherwise of T: parameters and dt have either dtype. Loaded by predicated instructions, each
 // into a register of its own: with a branch, or one register, the thread would wait for it before it asks for the next.
+// Volatile, since the compiler takes no notice of the memory access and could move it before a test for null or a barrier.
 template <typename T>
 struct Either {
   unsigned word = 0;
@@ -123,7 +124,8 @@ struct Either {
   Either() = default;
   __device__ Either(const void *data, long long offset, bool wide) : wide(wide) {
     const char *address = static_cast<const char *>(data) + offset * (wide ? sizeof(float) : sizeof(T));
-    asm("{\n"
+    asm volatile(
+        "{\n"
         ".reg .pred wide;\n"
         "setp.ne.s32 wide, %3, 0;\n"
         "@wide ld.global.u32 %0, [%2];\n"
