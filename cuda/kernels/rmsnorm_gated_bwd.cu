@@ -35,7 +35,18 @@ using namespace oxi;
 
 constexpr int kMaxWarps = 16;
 
-extern "C" __global__ void __launch_bounds__(kMaxWarps *kWarp, 1) KERNEL(const __grid_constant__ OxiNormBackward p) {
+// Two vectors and a gate fit into 96 registers on sm_90, which leaves room for two blocks of up to ten warps.
+#define BOUNDS_NONE __launch_bounds__(kMaxWarps *kWarp, 1)
+#if __CUDA_ARCH__ == 900 && VECTORS == 2
+#define BOUNDS_AFTER __maxnreg__(96)
+#else
+#define BOUNDS_AFTER BOUNDS_NONE
+#endif
+#define BOUNDS_BEFORE BOUNDS_AFTER
+#define BOUNDS_OF(gate) BOUNDS_##gate
+#define BOUNDS(gate) BOUNDS_OF(gate)
+
+extern "C" __global__ void BOUNDS(GATE) KERNEL(const __grid_constant__ OxiNormBackward p) {
   __shared__ float warp_sums[2][kMaxWarps * 2];
   __shared__ float totals[kHeld * kWidth * kWarp];
 
@@ -49,7 +60,9 @@ extern "C" __global__ void __launch_bounds__(kMaxWarps *kWarp, 1) KERNEL(const _
   const bool biased = p.bias.data != nullptr;
 
   // This block's part of the gradient of weight, then of bias.
-  float *partials = p.partials + static_cast<long long>(block) * (biased ? 2 : 1) * p.dim + begin;
+  const auto partials_of_block = [&] {
+    return p.partials + static_cast<long long>(block) * (biased ? 2 : 1) * p.dim + begin;
+  };
   float dweight[kHeld][kWidth];
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
@@ -123,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(kMaxWarps *kWarp, 1) KERNEL(const _
           dweight[i][j] = fmaf(dy, n, dweight[i][j]);
         } else if (first + j < p.group_size) {
           // Nobody else touches the block's row of partials.
-          float *total = partials + first + j;
+          float *total = partials_of_block() + first + j;
           const bool first_row = row < p.blocks;
           total[0] = fmaf(dy, n, first_row ? 0.0f : total[0]);
           if (biased) total[p.dim] = dy + (first_row ? 0.0f : total[p.dim]);
@@ -145,7 +158,7 @@ extern "C" __global__ void __launch_bounds__(kMaxWarps *kWarp, 1) KERNEL(const _
             if (next < slots - 1) {
               totals[element] = total;
             } else if (element < p.group_size) {
-              partials[element] = total;
+              partials_of_block()[element] = total;
             }
           }
         });
