@@ -28,12 +28,14 @@ def slug(text: str) -> str:
 
 
 def commit() -> str | None:
-    """The commit of the repository these files are in, "-dirty" if they differ from it; else $OXISCAN_COMMIT."""
+    """$OXISCAN_COMMIT where these files are a copy; else the repository's commit, "-dirty" if they differ from it."""
+    if "OXISCAN_COMMIT" in os.environ:
+        return os.environ["OXISCAN_COMMIT"]
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         found = subprocess.run(command, cwd=Path(__file__).parent, check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("OXISCAN_COMMIT")
+        return None
     return found.stdout.strip()
 
 

@@ -32,8 +32,12 @@ constexpr bool kDense = ROWS > 0;
 constexpr int kRows = kDense ? ROWS : 1;
 constexpr bool kOneToken = kRows > 1;
 constexpr int kMaxWarps = 4;
-// For enough loads under way on a multiprocessor.
+// For enough loads under way on a multiprocessor; with four blocks registers suffice on sm_90 alone.
+#if __CUDA_ARCH__ == 900
 constexpr int kBlocks = kOneToken ? 4 : 1;
+#else
+constexpr int kBlocks = kOneToken ? 3 : 1;
+#endif
 // Elements that a thread has of a row, in packs of 16 bytes of the state.
 constexpr int kHeld = 8;
 constexpr int kWidth = kVector<State>;
