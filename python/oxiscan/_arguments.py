@@ -76,6 +76,8 @@ def number(name: str, value: float) -> float:
 
 def check_eps(name: str, value: float) -> float:
     """`value` as a float >= 0."""
+    if type(value) is float and value >= 0:
+        return value
     if not number(name, value) >= 0:
         raise ValueError(f"{name}: got {value}; allowed: {name} >= 0")
     return float(value)

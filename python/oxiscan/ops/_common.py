@@ -5,7 +5,11 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+
+_transforms_active = torch._C._are_functorch_transforms_active
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,13 +40,9 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
 
     Half of it is Python around torch's function transforms. Without grad mode there is nothing to record at all.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    ):
+    if is_compiling() or _transforms_active() or forward_ad._current_level >= 0:
         return function.apply(*arguments)
-    if not torch.is_grad_enabled():
+    if not is_grad_enabled():
         return function.forward(_NoGraph(), *arguments)
     return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 

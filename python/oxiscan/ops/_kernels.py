@@ -16,12 +16,15 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.autograd.graph import increment_version
+from torch.compiler import is_compiling
 
 from oxiscan import _C
 
 _Kernel = TypeVar("_Kernel", bound=Callable[..., None])
 
 _library = torch.library.Library("oxiscan", "DEF")
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 _TRACING_MODES = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
 
 
@@ -31,9 +34,9 @@ def _tracing() -> bool:
     Other dispatch modes do not count: selective activation checkpointing would take an op that returns nothing for one
     whose results it has saved, and not run it again.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return True
-    if torch._C._len_torch_dispatch_stack() == 0:
+    if _dispatch_modes() == 0:
         return False
     return any(torch._C._get_dispatch_mode(mode) is not None for mode in _TRACING_MODES)
 
@@ -96,7 +99,7 @@ def _register(kernel: _Kernel, *arguments: str | tuple[str, ...], in_place: tupl
         else:
             kernel(*values)
             if updated:
-                torch.autograd.graph.increment_version([values[i] for i in updated if values[i] is not None])
+                increment_version([values[i] for i in updated if values[i] is not None])
 
     return cast(_Kernel, call)
 

@@ -43,12 +43,10 @@ class _RMSNormGated(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         z: Tensor | None,
-        eps: float,
-        group_size: int | None,
-        norm_before_gate: bool,
+        options: tuple[float, int | None, bool],
     ) -> Tensor:
         out = torch.empty_like(x)
-        tensors, options = (x, weight, bias, z), (eps, group_size, norm_before_gate)
+        tensors = (x, weight, bias, z)
         _kernels.rmsnorm_gated_forward(tensors, options, out)
         ctx.save_for_backward(*tensors)
         ctx.options = options
@@ -62,7 +60,7 @@ class _RMSNormGated(torch.autograd.Function):
         dx, dweight = torch.empty_like(x), torch.empty_like(weight)
         dbias, dz = empty_like(bias), empty_like(z)
         norm_backward(tensors, ctx.options, dout, dx, dweight, dbias, dz)
-        return dx, dweight, dbias, dz, None, None, None
+        return dx, dweight, dbias, dz, None
 
 
 def rmsnorm_gated(
@@ -97,7 +95,7 @@ def rmsnorm_gated(
         raise TypeError(f"x: got {type(x).__name__}; allowed: torch.Tensor")
     if group_size is not None and (not isinstance(group_size, int) or group_size < 1):
         raise ValueError(f"group_size: got {group_size!r}; allowed: None or a divisor of dim")
-    return apply(_RMSNormGated, x, weight, bias, z, check_eps("eps", eps), group_size, bool(norm_before_gate))
+    return apply(_RMSNormGated, x, weight, bias, z, (check_eps("eps", eps), group_size, bool(norm_before_gate)))
 
 
 class RMSNormGated(reference.RMSNormGated):
