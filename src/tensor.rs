@@ -158,10 +158,12 @@ impl TensorArg {
         &self.shape[..self.ndim]
     }
 
-    /// Whether it can be the imaginary part of complex numbers, the one kind of tensor that torch negates lazily. Asking
-    /// torch takes as long as reading the tensor.
+    /// Whether it can be the imaginary part of complex numbers, the one kind of tensor that torch negates lazily: that
+    /// starts at an odd element, and steps over the real parts. Asking torch takes as long as reading the tensor.
     pub fn may_be_imaginary(&self) -> bool {
-        self.strides[..self.ndim].iter().all(|stride| stride % 2 == 0)
+        let starts_odd = self.ptr as usize / self.dtype.size() % 2 == 1;
+        let mut axes = self.strides.iter().zip(self.shape());
+        starts_odd || axes.all(|(stride, &size)| size <= 1 || stride % 2 == 0)
     }
 
     /// The error of an argument, if it is a tensor at all, whose shape is none of those that `allowed` lists.

@@ -423,8 +423,18 @@ def test_a_refused_step_leaves_its_states_alone(step, changes, message):
 def test_a_lazily_negated_view_is_refused():
     negated = torch.imag(torch.conj(torch.ones(3, 8, dtype=torch.complex64) * 1j))
     assert negated.is_neg()
-    with pytest.raises(TypeError, match="x: got a lazily negated view; allowed: tensor.resolve_neg"):
-        oxiscan.rmsnorm_gated(negated, torch.ones(8))
+    column, number = negated[:, :1], negated[0, 0]
+    for view in (
+        negated,
+        column,
+        column[:, 0, None],
+        number[None],
+        negated.as_strided((3, 8), (8, 1)),
+        negated[2:, 4:],
+    ):
+        assert view.is_neg()
+        with pytest.raises(TypeError, match="x: got a lazily negated view; allowed: tensor.resolve_neg"):
+            oxiscan.rmsnorm_gated(view, torch.ones(view.shape[-1]))
 
 
 def test_a_tensor_without_memory_is_refused():

@@ -797,3 +797,28 @@ SANITIZER = Path(__file__).with_name("sanitizer.py")
 def test_no_access_is_out_of_bounds():
     done = subprocess.run([sys.executable, SANITIZER, "memcheck"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("norm_before_gate", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dim", [64, 2048])
+def test_the_norm_has_the_same_bits_in_every_layout(dim, bias, norm_before_gate, device):
+    tensors = inputs.rmsnorm_gated(9, dim, bias=bias, dtype=BF16, device=device)
+    gradient = inputs.normal(9, dim, dtype=BF16, device=device)
+    options = {"group_size": dim // 2, "norm_before_gate": norm_before_gate}
+    dense = run(oxiscan.rmsnorm_gated, tensors, options, [gradient])
+    strided = {name: inputs.strided(t) for name, t in tensors.items()}
+    view = run(oxiscan.rmsnorm_gated, strided, options, [inputs.strided(gradient)])
+    row = {name: t if name in ("weight", "bias") else t[3:4].clone() for name, t in tensors.items()}
+    alone = run(oxiscan.rmsnorm_gated, row, options, [gradient[3:4].clone()])
+    for name in ("out0", "dx", "dz"):  # gradients of parameters are sums over rows, in an order of each path
+        assert torch.equal(dense[name], view[name]), name
+        assert torch.equal(dense[name][3:4], alone[name]), name
+
+
+@pytest.mark.parametrize("dstate", [64, 128])
+def test_the_step_has_the_same_bits_in_every_layout(dstate, device):
+    tensors = inputs.state_update(dim=64, dstate=dstate, dtype=BF16, state=F32, device=device)
+    views = {name: inputs.strided(t) for name, t in tensors.items()}
+    assert torch.equal(oxiscan.selective_state_update(**tensors), oxiscan.selective_state_update(**views))
+    assert torch.equal(tensors["state"], views["state"])

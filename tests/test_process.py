@@ -14,6 +14,7 @@ import torch
 import oxiscan
 from oxiscan import _C
 from oxiscan.testing import inputs
+from oxiscan.testing.self_test import self_test
 
 CPU = torch.device("cpu")
 
@@ -101,3 +102,29 @@ def test_info():
     assert info["torch"] == torch.__version__
     assert info["backends"] == _C.build_info()["backends"] and "cpu" in info["backends"]
     assert isinstance(info["gpus"], list) and info["cpu_threads"] >= 1
+
+
+def test_info_lists_the_compiled_kernels():
+    command = [sys.executable, "-m", "oxiscan.info", "--kernels"]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    build = oxiscan._C.build_info()
+    if not torch.cuda.is_available():
+        assert {line.split()[1] for line in lines[1:]} == set(build["cuda_archs"])
+    assert all(line.startswith(tuple(build["cuda_ops"])) for line in lines[1:])
+    assert ("cuda" in build["backends"]) == (len(lines) > 1)
+
+
+def test_the_self_test_passes():
+    command = [sys.executable, "-m", "oxiscan.info", "--self-test"]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    *lines, last = text.splitlines()
+    assert last == "self-test: pass"
+    tested = {line.split()[1] for line in lines}
+    assert tested > {"rmsnorm_gated", "selective_state_update", "mamba_chunk_scan_combined", "state_passing"}
+
+
+def test_a_self_test_that_fails_says_so(monkeypatch):
+    monkeypatch.setattr(oxiscan, "rmsnorm_gated", lambda x, *args, **kwargs: x * kwargs.get("weight", 1))
+    outcomes = {outcome.op: outcome.failure for outcome in self_test(CPU) if outcome.dtype == torch.float32}
+    assert "relative RMS error" in outcomes.pop("rmsnorm_gated")
+    assert not any(outcomes.values())

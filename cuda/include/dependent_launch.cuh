@@ -13,7 +13,8 @@ __device__ inline void wait_for_earlier_work() {
 }
 
 // Let the next kernel start once every block has called this or ended; by default it starts when all have ended. It takes
-// room on the multiprocessors while it waits, so this is for what ends soon.
+// room on the multiprocessors while it waits, so this is for what ends soon. To be called after the wait: what the next
+// kernel may read before its own is then done, whoever wrote that kernel.
 __device__ inline void let_next_kernel_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");

@@ -29,7 +29,7 @@ __device__ inline float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x
 // What a state keeps of itself over a step of log decay x: state = kept * state + (factor * state + added).
 //
 // Where e^x is from 1/2 to below 1, factor is e^x - 1 and kept is 1: 1 - e^x is what the state forgets, token after
-// token, and a factor near 1 would round it away. Elsewhere factor is e^x and kept 0.
+// token, and a factor near 1 would round it away. Elsewhere factor is e^x and kept 0. An infinite state becomes NaN.
 struct Decay {
   float kept;
   float factor;

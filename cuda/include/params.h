@@ -97,7 +97,7 @@ struct OxiNormBackward {
   int dense;
 };
 
-/* dbias.data: null where not given, and partials without it. */
+/* dbias.data: null where there is no bias. */
 struct OxiNormParameters {
   const float *partials;
   struct OxiVector dweight;

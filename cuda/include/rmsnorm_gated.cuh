@@ -31,7 +31,10 @@ __device__ inline void each_vector(int thread, int threads, int group_size, Body
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) body(i, (thread + i * threads) * kWidth);
   } else {
-    for (int first = thread * kWidth; first < group_size; first += threads * kWidth) body(0, first);
+    // 64 bits, as the last step may go past the largest dim.
+    for (long long first = thread * kWidth; first < group_size; first += threads * kWidth) {
+      body(0, static_cast<int>(first));
+    }
   }
 }
 

@@ -73,8 +73,9 @@ extern "C" __global__ void __launch_bounds__(kMaxWarps *kWarp, 1) KERNEL(const _
     float out[kWidth];
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
-      float value = v(i, j) * rstd * weight[j];
-      if (biased) value += bias[j];
+      // Told which products to fuse, all instances give the same bits.
+      const float n = v(i, j) * rstd;
+      float value = biased ? fmaf(n, weight[j], bias[j]) : n * weight[j];
       if constexpr (kGate == AFTER) value *= silu(z[i][j]);
       out[j] = value;
     }

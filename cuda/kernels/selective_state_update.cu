@@ -32,12 +32,13 @@ constexpr bool kDense = ROWS > 0;
 constexpr int kRows = kDense ? ROWS : 1;
 constexpr bool kOneToken = kRows > 1;
 constexpr int kMaxWarps = 4;
-// For enough loads under way on a multiprocessor; with four blocks registers suffice on sm_90 alone.
+// For enough loads under way on a multiprocessor; registers suffice for four blocks on sm_90, where x is narrow.
 #if __CUDA_ARCH__ == 900
-constexpr int kBlocks = kOneToken ? 4 : 1;
+constexpr int kOneTokenBlocks = sizeof(Element) == 2 ? 4 : 3;
 #else
-constexpr int kBlocks = kOneToken ? 3 : 1;
+constexpr int kOneTokenBlocks = 3;
 #endif
+constexpr int kBlocks = kOneToken ? kOneTokenBlocks : 1;
 // Elements that a thread has of a row, in packs of 16 bytes of the state.
 constexpr int kHeld = 8;
 constexpr int kWidth = kVector<State>;
@@ -59,6 +60,7 @@ __device__ Share<T> load_share(const T *line, long long step, int lane, const Ox
 #pragma unroll
   for (int i = 0; i < kPacks; ++i) {
     const int first = ((i << p.lanes_log2) + lane) * kWidth;
+    // Lanes are filled, so nothing is past the end.
     if constexpr (kDense) {
       share.packs[i] = *reinterpret_cast<const Pack<T, kWidth> *>(line + first);
     } else {
@@ -124,8 +126,8 @@ extern "C" __global__ void __launch_bounds__(kMaxWarps *kWarp, kBlocks) KERNEL(c
     return static_cast<Element *>(tensor.data)[offset];
   };
 
-  let_next_kernel_start();
   wait_for_earlier_work();
+  let_next_kernel_start();
   if (kDense && !stores) return;
 
   long long slot = b;
@@ -231,7 +233,7 @@ extern "C" __global__ void __launch_bounds__(kMaxWarps *kWarp, kBlocks) KERNEL(c
     warp_sum(y, 1 << p.lanes_log2);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      y[i] = fmaf(D[i], x[i], y[i]);
+      if (p.D.data != nullptr) y[i] = fmaf(D[i], x[i], y[i]);
       if (p.z.data != nullptr) y[i] *= silu(to_float(z_element[i]));
       if (lane == 0 && stores) element(p.out, out_rows[i] + t * p.out.stride[1]) = from_float<Element>(y[i]);
     }

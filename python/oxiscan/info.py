@@ -1,7 +1,7 @@
 """What this installation is and what it runs on: `python -m oxiscan.info`.
 
 `--json` prints it for programs, `--kernels` the compiled kernels that this machine's GPU runs (without a GPU, those of
-every architecture), `--self-test` compares every op at a few shapes with the reference, on the GPU if there is one.
+every architecture), `--self-test` compares ops at a few shapes with the reference, on the CPU and on a GPU.
 """
 
 import argparse
@@ -100,15 +100,16 @@ def _print_kernels(info: dict[str, Any]) -> None:
 
 
 def _self_test() -> bool:
-    """Whether every op passes; prints a line for each in each dtype."""
+    """Whether every op passes on every backend of this build and machine; prints a line for each in each dtype."""
     from .testing.self_test import self_test
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     passed = True
-    for outcome in self_test(device):
-        passed = passed and not outcome.failure
-        print(f"{outcome.op:36}{str(outcome.dtype):18}{outcome.failure or 'pass'}", flush=True)
-    print(f"self-test on {device}: {'pass' if passed else 'FAIL'}")
+    for device in ["cpu", "cuda"] if build_info()["cuda_ops"] and torch.cuda.is_available() else ["cpu"]:
+        for outcome in self_test(torch.device(device)):
+            passed = passed and not outcome.failure
+            dtype = str(outcome.dtype).removeprefix("torch.")
+            print(f"{device:6}{outcome.op:36}{dtype:10}{outcome.failure or 'pass'}", flush=True)
+    print(f"self-test: {'pass' if passed else 'FAIL'}")
     return passed
 
 

@@ -141,11 +141,55 @@ pub fn instances() -> Vec<Instance> {
 
 /// Whether a cubin for `arch` (sm_80, sm_90a, sm_100f) runs on a device of this compute capability.
 ///
-/// A plain one runs on the same major version from its minor on, a family one (f) likewise, an architecture-specific one
-/// (a) on exactly that.
+/// A plain one runs on the same major version from its minor on, a family one (f) likewise within its family, an
+/// architecture-specific one (a) on exactly that.
 pub fn runs_on(arch: &str, (major, minor): (u32, u32)) -> bool {
     let digits = arch.trim_start_matches("sm_").trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let Ok(number) = digits.parse::<u32>() else { return false };
     let (own_major, own_minor) = (number / 10, number % 10);
-    own_major == major && if arch.ends_with('a') { own_minor == minor } else { own_minor <= minor }
+    let fits = match arch.as_bytes()[arch.len() - 1] {
+        b'a' => own_minor == minor,
+        // 10.0 and 10.3 are one family, 10.1 another.
+        b'f' if number == 100 => minor != 1,
+        _ => own_minor <= minor,
+    };
+    own_major == major && fits
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_instance_is_found_by_its_choices() {
+        let all = instances();
+        assert_eq!(all.len(), COUNT);
+        for kernel in &KERNELS {
+            let last: Vec<_> = kernel.axes.iter().map(|axis| axis.values.len() - 1).collect();
+            for choices in [vec![0; last.len()], last] {
+                let values = kernel.axes.iter().zip(&choices).map(|(axis, &i)| axis.values[i]);
+                let symbol: Vec<_> = [kernel.name].into_iter().chain(values).collect();
+                assert_eq!(all[kernel.instance(&choices)].symbol, symbol.join("__"));
+            }
+        }
+        assert_eq!(KERNELS[named("selective_state_update")].name, "selective_state_update");
+    }
+
+    #[test]
+    fn cubins_run_on_their_kin_alone() {
+        for (arch, capability, runs) in [
+            ("sm_80", (8, 0), true),
+            ("sm_80", (8, 9), true),
+            ("sm_80", (9, 0), false),
+            ("sm_89", (8, 6), false),
+            ("sm_90a", (9, 0), true),
+            ("sm_90a", (9, 1), false),
+            ("sm_100f", (10, 3), true),
+            ("sm_100f", (10, 1), false),
+            ("sm_100f", (12, 0), false),
+            ("sm_120f", (12, 1), true),
+        ] {
+            assert_eq!(runs_on(arch, capability), runs, "{arch} on {capability:?}");
+        }
+    }
 }

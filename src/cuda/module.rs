@@ -41,6 +41,7 @@ const MAX_DEVICES: usize = 128;
 /// A device that kernels run on.
 pub struct CudaDevice {
     index: usize,
+    handle: sys::CUdevice,
     pub name: String,
     pub capability: (u32, u32),
     pub multiprocessors: u32,
@@ -135,7 +136,15 @@ impl CudaDevice {
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device)?;
         // Capturing such launches in a graph takes CUDA 12.3.
         let starts_early = capability >= (9, 0) && driver_version()? >= 12030;
-        Ok(CudaDevice { index, name, capability, multiprocessors, starts_early, context })
+        Ok(CudaDevice {
+            index,
+            handle: device,
+            name,
+            capability,
+            multiprocessors,
+            starts_early,
+            context,
+        })
     }
 
     /// Run `body` with this device's context current in this thread.
@@ -145,6 +154,18 @@ impl CudaDevice {
         check(unsafe { sys::cuCtxGetCurrent(&mut current) }, "asking for the current context")?;
         if current == self.context {
             return body();
+        }
+        if !current.is_null() {
+            let mut handle = 0;
+            // SAFETY: `handle` is a valid place for the result.
+            check(unsafe { sys::cuCtxGetDevice(&mut handle) }, "asking for the context's device")?;
+            if handle == self.handle {
+                return Err(Error::Cuda(format!(
+                    "cuda:{}: the current context is not the device's primary one (a green context?), and its streams \
+                     take no kernels of this package: make the primary context current",
+                    self.index
+                )));
+            }
         }
         // SAFETY: the context is retained for the life of the process.
         check(unsafe { sys::cuCtxPushCurrent_v2(self.context) }, "entering a context")?;

@@ -19,10 +19,13 @@ const VECTOR: usize = 16;
 /// Whether the last dimension is dense and lines along it start at multiples of what `width` elements are moved in.
 fn is_dense<const N: usize>(view: &View<N>, width: usize) -> bool {
     let bytes = VECTOR.min(width * view.dtype.size()) as isize;
-    let (step, outer) = view.strides().split_last().expect("a tensor with dimensions");
-    *step == 1
+    let starts_aligned = |(&stride, &size): (&isize, &usize)| {
+        size <= 1 || stride * view.dtype.size() as isize % bytes == 0
+    };
+    let last = N - 1;
+    view.strides()[last] == 1
         && view.data() as isize % bytes == 0
-        && outer.iter().all(|stride| stride * view.dtype.size() as isize % bytes == 0)
+        && view.strides()[..last].iter().zip(&view.shape).all(starts_aligned)
 }
 
 pub fn update(

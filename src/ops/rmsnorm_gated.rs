@@ -104,6 +104,8 @@ pub fn rmsnorm_gated_backward(
         let check = Checker::new("x", &tensors.0)?;
         let inputs = NormInputs::new(&check, &tensors, options)?;
         let dims = &inputs.dims;
+        expect_both("dbias", &dbias, "bias", inputs.bias.is_some())?;
+        expect_both("dz", &dz, "z", inputs.z.is_some())?;
         let gradients = NormGradients {
             dout: check.same_rows("dout", &dout, &dims.shape)?,
             dx: check.same_rows("dx", &dx, &dims.shape)?,
@@ -124,6 +126,21 @@ pub fn rmsnorm_gated_backward(
             }
         }
     })
+}
+
+/// Fail unless an optional argument's gradient comes with it, and without it none.
+fn expect_both(
+    arg: &'static str,
+    gradient: &Option<TensorArg>,
+    of: &str,
+    given: bool,
+) -> Result<()> {
+    if gradient.is_some() == given {
+        return Ok(());
+    }
+    let got = if given { "None" } else { "a tensor" };
+    let allowed = format!("a tensor where {of} is given, None where it is not");
+    Err(Error::Value { arg, got: got.into(), allowed })
 }
 
 #[cfg(feature = "cuda")]

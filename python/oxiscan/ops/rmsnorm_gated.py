@@ -23,7 +23,7 @@ def norm_backward(
 ) -> None:
     """The kernel, with its workspace on CUDA: the parts of dweight and dbias that blocks of rows add.
 
-    At most 1024 blocks of threads, which fill any GPU, and at most 16 MB a parameter.
+    At most 1024 blocks of threads and, where a row of it is not longer by itself, 16 MB a parameter.
     """
     x, partials = tensors[0], None
     if x.is_cuda:
@@ -78,8 +78,9 @@ def rmsnorm_gated(
     v = x silu(z). rms(v) = sqrt(mean(v^2) + eps) over each group of group_size elements.
 
     Args:
-        x: (..., dim), float32, bfloat16, float16 or on the CPU float64, any strides. On CUDA rows that are dense and
-            aligned to 16 bytes, and gradients without bias, take the fast path.
+        x: (..., dim), float32, bfloat16, float16 or on the CPU float64, any strides. On CUDA the fast path
+            takes groups of up to 16384 elements of 2 bytes or 8192 of 4 (for gradients with z half of that) that in all
+            tensors are dense, a multiple of 16 bytes long and aligned to 16 bytes; gradients with bias take the other.
         weight, bias: (dim,), in x's dtype or float32.
         z: x's shape and dtype; no gate if left out.
         eps: >= 0.

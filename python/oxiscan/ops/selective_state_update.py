@@ -28,7 +28,8 @@ def selective_state_update(
 
     Args:
         state: (batch, nheads, dim, dstate), any floating dtype. With state_batch_indices (slots, nheads, dim, dstate).
-            On CUDA dstate is at most 256; rows that are dense and aligned to 16 bytes take the fast path.
+            On CUDA dstate is at most 256; the fast path takes a dstate that is a power of two from 8 on, dim a multiple
+            of 256 / dstate, and state, A, B and C that are dense and aligned along dstate.
         x: (batch, nheads, dim), one token, or (batch, seqlen, nheads, dim), tokens applied one after another. float32,
             bfloat16, float16 or on the CPU float64.
         dt: x's shape, in x's dtype or float32; dt_bias is added, then softplus applied if dt_softplus.

@@ -1,4 +1,4 @@
-"""Every op at a few shapes against the float64 reference: `python -m oxiscan.info --self-test`."""
+"""Ops at a few shapes against the float64 reference: `python -m oxiscan.info --self-test`."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -18,48 +18,56 @@ class Outcome(NamedTuple):
     """Of one op in one dtype."""
 
     op: str
+    device: torch.device
     dtype: torch.dtype
     #: Empty if all its cases pass, else what was off in the first that did not.
     failure: str
 
 
-def _cases(op: str) -> list[Case]:
-    """Small ones, and for kernels with a fast path one that takes it."""
-    wide: dict[str, tuple[str, dict[str, int]]] = {
-        "rmsnorm_gated": ("hybrid8b_tp4/", {"batch": 2, "seqlen": 40}),
-        "selective_state_update": ("decode8b/", {}),
-    }
-    cases = [case for case in CASES.values() if case.op == op and case.name.startswith("small/")]
-    if op in wide:
-        model, sizes = wide[op]
-        found = [case for case in CASES.values() if case.op == op and case.name.startswith(model)]
-        cases += [case._replace(sizes=case.sizes | sizes) for case in found[:2]]
-    return cases
+#: What decode steps update in place.
+WRITTEN = {"selective_state_update": "state", "causal_conv1d_update": "conv_state"}
+
+#: Beside the small ones of `CASES`.
+_MORE = [
+    Case("small/state_passing", "state_passing", inputs.state_passing, {}, {}),
+    Case("small/conv_update", "causal_conv1d_update", inputs.conv_update, {}, {"activation": "silu"}),
+    Case("small/state_update", "selective_state_update", inputs.state_update, {"seqlen": 3}, {"dt_softplus": True}),
+    # Kernels with a fast path take it.
+    CASES["decode8b/state_update_batch1"],
+    CASES["decode8b/state_update_batch8"],
+    *(
+        case._replace(sizes=case.sizes | {"batch": 2, "seqlen": 40})
+        for name, case in CASES.items()
+        if name.startswith("hybrid8b_tp4/norm")
+    ),
+]
 
 
 def _run(case: Case, dtype: torch.dtype, device: torch.device) -> None:
     op, exact = getattr(oxiscan, case.op), getattr(reference, case.op)
     tensors = case.tensors(dtype, device)
-    if case.op != "selective_state_update":
+    if case.op not in WRITTEN:
         compare(op, exact, tensors, case.options)
         return
     doubled = {name: t.clone().double() for name, t in tensors.items()}
     expected = exact(**doubled, **case.options)
+    state = WRITTEN[case.op]
     assert_close("out", op(**tensors, **case.options), expected, TOLERANCES[dtype][0])
-    assert_close("state", tensors["state"], doubled["state"], TOLERANCES[dtype][0])
+    assert_close(state, tensors[state], doubled[state], TOLERANCES[dtype][0])
 
 
 def self_test(device: torch.device) -> Iterator[Outcome]:
-    """Run it on `device`, op by op: those of `oxiscan` that have kernels there and small cases."""
-    ops = dict.fromkeys(case.op for case in CASES.values())
-    if device.type == "cuda":
-        ops = {op: None for op in ops if op in build_info()["cuda_ops"]}
-    for op in ops:
+    """Every op that has kernels for `device`, but for mamba_inner_fn and inference on packed documents."""
+    cases = [case for name, case in CASES.items() if name.startswith("small/")] + _MORE
+    for op in dict.fromkeys(case.op for case in cases):
+        if device.type == "cuda" and op not in build_info()["cuda_ops"]:
+            continue
         for dtype in inputs.floats(device):
+            failure = ""
             try:
-                for case in _cases(op):
-                    _run(case, dtype, device)
-            except (AssertionError, RuntimeError) as error:
-                yield Outcome(op, dtype, str(error))
-            else:
-                yield Outcome(op, dtype, "")
+                for case in cases:
+                    if case.op == op:
+                        _run(case, dtype, device)
+            except Exception as error:  # whatever it is, the other ops are still to be tested
+                failure = f"{type(error).__name__}: {error}"
+            yield Outcome(op, device, dtype, failure)
