@@ -38,13 +38,15 @@ class _NoGraph:
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """`function.apply(*arguments)` at less cost: that of torch is about two kernel launches.
 
-    Half of it is Python around torch's function transforms. Without grad mode there is nothing to record at all.
+    Half of it is Python around torch's function transforms; where nothing requires a gradient all of it is left out.
     """
     if is_compiling() or _transforms_active() or forward_ad._current_level >= 0:
         return function.apply(*arguments)
-    if not is_grad_enabled():
-        return function.forward(_NoGraph(), *arguments)
-    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+    if is_grad_enabled():
+        for argument in arguments:
+            if isinstance(argument, Tensor) and argument.requires_grad:
+                return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+    return function.forward(_NoGraph(), *arguments)
 
 
 def empty_like(tensor: Tensor | None) -> Tensor | None:
