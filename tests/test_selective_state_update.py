@@ -6,22 +6,13 @@ import torch
 import oxiscan
 from oxiscan import reference
 from oxiscan.testing import TOLERANCES, assert_close, inputs
-from oxiscan.testing.comparison import assert_equal
+from oxiscan.testing.comparison import assert_equal, compare_in_place
 
 WRITTEN = ("state", "intermediate_ssm_states")
 
 
 def compare_update(tensors, **options):
-    exact = {name: t.clone().double() if t.is_floating_point() else t for name, t in tensors.items()}
-    expected = reference.selective_state_update(**exact, **options)
-    out = oxiscan.selective_state_update(**tensors, **options)
-    assert out.dtype == tensors["x"].dtype
-    assert_close("out", out, expected, TOLERANCES[out.dtype][0])
-    for name in WRITTEN:
-        if name in tensors:
-            tolerance = max(TOLERANCES[out.dtype][0], TOLERANCES[tensors[name].dtype][0])
-            assert_close(name, tensors[name], exact[name], tolerance)
-    return out
+    return compare_in_place(oxiscan.selective_state_update, reference.selective_state_update, tensors, options, WRITTEN)
 
 
 def copies(tensors):

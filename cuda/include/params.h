@@ -60,8 +60,9 @@ struct OxiTensor5 {
   long long stride[5];
 };
 
-/* z.data, bias.data: null where not given. warps: how many share a group of a row. dense: all tensors' rows are dense and
- * aligned to 16 bytes, groups too; where an instance keeps them in registers they always are. */
+/* z: of no meaning to instances without a gate. bias.data: null where not given. warps: how many share a group of a row.
+ * dense: all tensors' rows are dense and aligned to 16 bytes, groups too; where an instance keeps them in registers they
+ * always are. */
 struct OxiNormForward {
   struct OxiRows rows;
   struct OxiRowTensor x;

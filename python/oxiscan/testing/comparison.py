@@ -145,3 +145,35 @@ def compare(
             default = max(TOLERANCES[dtype][1], TOLERANCES[argument][1])
         assert_close(name, value, expected[name], (tolerances or {}).get(name, default))
     return actual
+
+
+def compare_in_place(
+    op: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    tensors: dict[str, Tensor],
+    options: dict[str, Any],
+    written: Sequence[str],
+) -> Tensor:
+    """Run a decode step `op` on `tensors` and `reference` on copies in float64; compare the result and what is written.
+
+    Args:
+        tensors: tensor arguments with x among them, whose dtype sets the tolerance. `op` updates them.
+        written: arguments that are updated in place; those that are not given are passed over.
+
+    Returns:
+        op's result.
+
+    Raises:
+        AssertionError: naming what is off.
+    """
+    exact = {k: t.clone().double() if t.is_floating_point() else t for k, t in tensors.items()}
+    expected = reference(**exact, **options)
+    out = op(**tensors, **options)
+    if out.dtype != tensors["x"].dtype:
+        raise AssertionError(f"out: {out.dtype}, expected {tensors['x'].dtype}")
+    assert_close("out", out, expected, TOLERANCES[out.dtype][0])
+    for name in written:
+        if name in tensors:
+            allowed = max(TOLERANCES[dtype][0] for dtype in (out.dtype, tensors[name].dtype))
+            assert_close(name, tensors[name], exact[name], allowed)
+    return out
