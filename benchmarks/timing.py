@@ -30,7 +30,7 @@ class Effort(NamedTuple):
     #: About how long the calls behind one figure take together, and the most of them.
     microseconds: float
     calls: int
-    #: For the host's time: loops to take the median of, and calls in a loop.
+    #: For the host's time: loops to take the fastest of, and calls in a loop.
     host_loops: int
     host_calls: int
 
@@ -197,7 +197,10 @@ def replay_us(prepare: Callable[[], Call], nbytes: int, device: torch.device, ef
 
 
 def host_us(call: Call, device: torch.device, effort: Effort) -> float:
-    """How long the host is busy with a call: median over loops that do not wait for the GPU."""
+    """How long the host is busy with a call, in the fastest of loops that do not wait for the GPU.
+
+    Not the median: whatever else runs on the machine only adds, on shared cores up to twice the time.
+    """
     warm_us(call, device)
     samples = []
     for _ in range(effort.host_loops):
@@ -207,7 +210,7 @@ def host_us(call: Call, device: torch.device, effort: Effort) -> float:
             call()
         samples.append((time.perf_counter() - started) / effort.host_calls * 1e6)
     synchronize(device)
-    return statistics.median(samples)
+    return min(samples)
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:

@@ -27,6 +27,28 @@ struct DLTensor {
 const CPU: i32 = 1;
 const CUDA: i32 = 2;
 
+impl DLTensor {
+    fn dtype(&self) -> Option<DType> {
+        Some(match (self.code, self.bits, self.lanes) {
+            (2, 32, 1) => DType::F32,
+            (2, 64, 1) => DType::F64,
+            (2, 16, 1) => DType::F16,
+            (4, 16, 1) => DType::BF16,
+            (0, 32, 1) => DType::I32,
+            (0, 64, 1) => DType::I64,
+            _ => return None,
+        })
+    }
+
+    fn device(&self) -> Option<Device> {
+        match self.device_type {
+            CPU => Some(Device::Cpu),
+            CUDA => Some(Device::Cuda(usize::try_from(self.device_id).ok()?)),
+            _ => None,
+        }
+    }
+}
+
 #[repr(C)]
 struct ExchangeApi {
     major: u32,
@@ -77,9 +99,9 @@ impl Reader {
         (code == 0).then_some(stream as usize)
     }
 
-    /// Dtype, device, shape, strides and memory of `tensor`. None for what this crate does not take: the caller finds out
-    /// why.
-    pub fn read(self, tensor: &Borrowed<'_, '_, PyAny>) -> Option<TensorArg> {
+    /// Dtype, device, shape, strides and memory of `tensor`, into `arg`: returned, that many bytes would be copied again
+    /// and again. False for what this crate does not take, of which `arg` says nothing: the caller finds out why.
+    pub fn read(self, tensor: &Borrowed<'_, '_, PyAny>, arg: &mut TensorArg) -> bool {
         let mut read = DLTensor {
             data: null_mut(),
             device_type: 0,
@@ -96,33 +118,24 @@ impl Reader {
         if unsafe { (self.read)(tensor.as_ptr().cast(), &mut read) } != 0 {
             // It has set an exception, which the caller's own way of reading will meet again.
             drop(PyErr::take(tensor.py()));
-            return None;
+            return false;
         }
-        let dtype = match (read.code, read.bits, read.lanes) {
-            (2, 32, 1) => DType::F32,
-            (2, 64, 1) => DType::F64,
-            (2, 16, 1) => DType::F16,
-            (4, 16, 1) => DType::BF16,
-            (0, 32, 1) => DType::I32,
-            (0, 64, 1) => DType::I64,
-            _ => return None,
+        let (Some(dtype), Some(device)) = (read.dtype(), read.device()) else {
+            return false;
         };
-        let device = match read.device_type {
-            CPU => Device::Cpu,
-            CUDA => Device::Cuda(usize::try_from(read.device_id).ok()?),
-            _ => return None,
-        };
-        let ndim = usize::try_from(read.ndim).ok().filter(|&ndim| ndim <= MAX_DIMS)?;
+        let ndim = read.ndim as usize;
+        if ndim > MAX_DIMS {
+            return false;
+        }
         let data = read.data.cast::<u8>().wrapping_add(read.byte_offset as usize);
-        let mut arg = TensorArg::new(data, dtype, device, ndim);
+        *arg = TensorArg::new(data, dtype, device, ndim);
         let mut is_empty = false;
         for axis in 0..ndim {
             // SAFETY: both arrays have ndim elements and belong to the tensor, which the caller holds.
             let (size, stride) = unsafe { (*read.shape.add(axis), *read.strides.add(axis)) };
-            arg.set_axis(axis, usize::try_from(size).ok()?, stride as isize);
+            arg.set_axis(axis, size as usize, stride as isize);
             is_empty |= size == 0;
         }
-        let is_aligned = (data as usize).is_multiple_of(dtype.size());
-        (is_aligned && (is_empty || !data.is_null())).then_some(arg)
+        (data as usize).is_multiple_of(dtype.size()) && (is_empty || !data.is_null())
     }
 }

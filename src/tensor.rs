@@ -132,10 +132,14 @@ impl TensorArg {
         }
     }
 
+    /// A place to describe a tensor in.
+    pub fn nothing() -> Self {
+        TensorArg::new(std::ptr::null_mut(), DType::F32, Device::Cpu, 0)
+    }
+
     /// An argument that `check` will refuse.
     pub fn refused(got: String, allowed: String) -> Self {
-        let nothing = TensorArg::new(std::ptr::null_mut(), DType::F32, Device::Cpu, 0);
-        TensorArg { refused: Some(Box::new((got, allowed))), ..nothing }
+        TensorArg { refused: Some(Box::new((got, allowed))), ..TensorArg::nothing() }
     }
 
     /// Fail unless Python passed a tensor of a known kind.

@@ -61,6 +61,10 @@ impl<'py> FromPyObject<'_, 'py> for TensorArg {
 
     /// What is not a tensor we can take is refused where the argument's name is known: by `TensorArg::view` and its kin.
     fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
+        let mut arg = TensorArg::nothing();
+        if read_at_once(object, &mut arg)? {
+            return Ok(arg);
+        }
         match TensorArg::read(object) {
             // Sparse and nested tensors and those of a vmap refuse to say where their memory is.
             Err(error) if error.is_instance_of::<PyRuntimeError>(object.py()) => {
@@ -76,6 +80,16 @@ fn is_neg(tensor: &Bound<'_, PyAny>) -> PyResult<bool> {
     tensor.call_method0(intern!(tensor.py(), "is_neg"))?.is_truthy()
 }
 
+/// Whether torch's table could read the tensor into `arg`.
+fn read_at_once(object: Borrowed<'_, '_, PyAny>, arg: &mut TensorArg) -> PyResult<bool> {
+    let torch = Torch::get(object.py())?;
+    // A subclass's memory may be elsewhere, and the reader loses the sign of a lazily negated view.
+    let own_type = object.get_type();
+    Ok((own_type.is(&torch.tensor) || own_type.is(&torch.parameter))
+        && torch.reader.is_some_and(|reader| reader.read(&object, arg))
+        && (!arg.may_be_imaginary() || !is_neg(&object)?))
+}
+
 impl TensorArg {
     fn without_memory(object: Borrowed<'_, '_, PyAny>) -> PyResult<Self> {
         let got = format!("a {} without memory of its own", object.get_type().name()?);
@@ -85,14 +99,6 @@ impl TensorArg {
     fn read(object: Borrowed<'_, '_, PyAny>) -> PyResult<Self> {
         let py = object.py();
         let torch = Torch::get(py)?;
-        // A subclass's memory may be elsewhere, and the reader loses the sign of a lazily negated view.
-        let own_type = object.get_type();
-        if (own_type.is(&torch.tensor) || own_type.is(&torch.parameter))
-            && let Some(arg) = torch.reader.and_then(|reader| reader.read(&object))
-            && (!arg.may_be_imaginary() || !is_neg(&object)?)
-        {
-            return Ok(arg);
-        }
         if !object.is_instance(torch.tensor.bind(py))? {
             let got = object.get_type().name()?.to_string();
             return Ok(TensorArg::refused(got, "torch.Tensor".into()));

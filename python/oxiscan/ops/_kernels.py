@@ -28,16 +28,12 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _TRACING_MODES = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
 
 
-def _tracing() -> bool:
-    """Whether torch records calls or runs them without memory.
+def _traces() -> bool:
+    """Whether one of the dispatch modes records calls or runs them without memory.
 
-    Other dispatch modes do not count: selective activation checkpointing would take an op that returns nothing for one
-    whose results it has saved, and not run it again.
+    Others do not count: selective activation checkpointing would take an op that returns nothing for one whose results
+    it has saved, and not run it again.
     """
-    if is_compiling():
-        return True
-    if _dispatch_modes() == 0:
-        return False
     return any(torch._C._get_dispatch_mode(mode) is not None for mode in _TRACING_MODES)
 
 
@@ -92,14 +88,15 @@ def _register(kernel: _Kernel, *arguments: str | tuple[str, ...], in_place: tupl
     op = getattr(torch.ops.oxiscan, name).default
 
     def call(*values: Any) -> None:
-        if _tracing():
+        if is_compiling() or (_dispatch_modes() and _traces()):
             # The kernel's own call records nothing for autograd either.
             with torch.no_grad():
                 op(*(value for group in values for value in (group if isinstance(group, tuple) else (group,))))
-        else:
-            kernel(*values)
-            if updated:
-                increment_version([values[i] for i in updated if values[i] is not None])
+            return
+        kernel(*values)
+        for i in updated:
+            if values[i] is not None:
+                increment_version(values[i])
 
     return cast(_Kernel, call)
 
