@@ -108,35 +108,40 @@ class Check:
         return max(errors)
 
 
-class Subject(NamedTuple):
-    """A case and its arguments: in its sizes, in tiny ones, and in those in which results are checked."""
+class Checked(NamedTuple):
+    """A pass by an implementation whose result is right, and what a call takes of the host."""
 
-    case: Case
-    op: Op
-    tensors: Tensors
-    tiny: Tensors
-    check: Check
+    impl: str
+    which: str
+    call: partial[Any]
+    error: float
+    host_us: float
 
 
 class Bench:
-    """One run: what it measures with, and what it found."""
+    """One run: what it measures with, and what it found.
+
+    Two sweeps over the cases: `check` all, then `measure` what was right. A profiler that has once run makes every
+    launch slower for the rest of the process, up to twice: the host's times are taken before.
+    """
 
     def __init__(self, device: torch.device, dtype: str, passes: Sequence[str], effort: Effort, peers: bool) -> None:
         self.device, self.dtype, self.passes, self.effort, self.peers = device, dtype, passes, effort, peers
-        self.kernels = timing.KernelTimer(device) if device.type == "cuda" else None
+        self.checked: dict[str, list[Checked]] = {}
+        self.kernels: timing.KernelTimer | None = None
         self.ceilings = timing.ceilings(device, effort)
         self.gpu, self.commit = machine.name(device), machine.commit()
         self.records: list[Record] = []
         self.failed = False
 
-    def measure(self, case: Case) -> None:
-        """Every pass of a case by every implementation."""
-        op, dtype = OPS[case.op], DTYPES[self.dtype]
+    def check(self, case: Case) -> None:
+        """Compare every pass of a case by every implementation with the reference, and take the host's times."""
+        op = OPS[case.op]
         passes = [which for which in op.passes if which in self.passes]
         if not passes:
             return
         functions = {OURS: getattr(oxiscan, case.op)} | (gpu_peers.load(case) if self.peers else {})
-        tiny = draw(case, dtype, self.device, op.tiny)
+        tiny = self.draw(case, op.tiny)
         calls = {}
         for impl, function in functions.items():
             call = partial(function, **case.options)
@@ -146,13 +151,34 @@ class Bench:
         if not calls:
             return
 
-        tensors = draw(case, dtype, self.device, {})
-        checked_at = {name: min(most, case.sizes[name]) for name, most in op.checked_at.items()}
-        check = Check(op, case, draw(case, dtype, self.device, checked_at) if checked_at else tensors, passes)
-        subject = Subject(case, op, tensors, tiny, check)
+        at = {name: min(most, case.sizes[name]) for name, most in op.checked_at.items()}
+        expected = Check(op, case, self.draw(case, at), passes)
+        self.checked[case.name] = checked = []
+
+        def compare(impl: str, call: partial[Any], which: str) -> None:
+            error = expected.error(which, call)
+            tensors, gradients, _ = self.arguments(op, which, call, tiny)
+            host_us = timing.host_us(PASSES[which](op, call, tensors, gradients), self.device, self.effort)
+            checked.append(Checked(impl, which, call, error, host_us))
+
         for impl, call in calls.items():
             for which in passes:
-                self.attempt(f"{case.name} {which} {impl}", impl, partial(self.record, subject, which, impl, call))
+                self.attempt(f"{case.name} {which} {impl}", impl, partial(compare, impl, call, which))
+
+    def measure(self, case: Case) -> None:
+        """Every pass of a case that was right."""
+        if self.device.type == "cuda" and self.kernels is None:
+            self.kernels = timing.KernelTimer(self.device)
+        checked = self.checked.get(case.name)
+        if not checked:
+            return
+        tensors = self.draw(case, {})
+        for one in checked:
+            self.attempt(f"{case.name} {one.which} {one.impl}", one.impl, partial(self.record, case, tensors, one))
+
+    def draw(self, case: Case, sizes: dict[str, int]) -> Tensors:
+        """A case's random arguments, `sizes` instead of its own."""
+        return draw(case, DTYPES[self.dtype], self.device, sizes)
 
     def attempt(self, label: str, impl: str, step: Callable[[], Any]) -> bool:
         """Take a step, or say why not. A wrong result fails the run, as does any error of ours but a missing kernel."""
@@ -170,27 +196,25 @@ class Bench:
             return True
         return False
 
-    def record(self, subject: Subject, which: str, impl: str, call: partial[Any]) -> None:
-        """Check and measure a pass, print and keep the record."""
-        case, op = subject.case, subject.op
-        error = subject.check.error(which, call)
-        make = partial(PASSES[which], op, call)
-        tensors, gradients, moved = self.arguments(op, which, call, subject.tensors)
-        tiny, tiny_gradients, _ = self.arguments(op, which, call, subject.tiny)
+    def record(self, case: Case, tensors: Tensors, checked: Checked) -> None:
+        """Measure a pass, print and keep the record."""
+        op, which = OPS[case.op], checked.which
+        make = partial(PASSES[which], op, checked.call)
+        tensors, gradients, moved = self.arguments(op, which, checked.call, tensors)
         peak = timing.peak_bytes(lambda: make(tensors, gradients)(), self.device)
-        timed = self.time(f"{case.name} {which} {impl}", make, tensors, gradients)
+        timed = self.time(f"{case.name} {which} {checked.impl}", make, tensors, gradients)
         found: Record = {
             "op": case.op,
-            "impl": impl,
+            "impl": checked.impl,
             "shape": case.name,
             "dtype": self.dtype,
             "pass": which,
             "us": timed.us,
-            "host_us": timing.host_us(make(tiny, tiny_gradients), self.device, self.effort),
+            "host_us": checked.host_us,
             "floor_us": self.ceilings.floor_us(moved, op.exponentials(tensors) * {"fwd": 1, "bwd": 2}[which]),
             "launches": timed.launches,
             "peak_bytes": peak,
-            "error": error,
+            "error": checked.error,
             **self.ceilings.measured(),
             "gpu": self.gpu,
             "version": oxiscan.__version__,
@@ -292,10 +316,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     effort = timing.QUICK if options.quick else timing.FULL
     bench = Bench(device, options.dtype, options.passes, effort, peers)
     print(f"{bench.gpu}: {report.ceilings(bench.ceilings.measured())}\n{report.HEADER}", flush=True)
-    for case in options.chosen:
-        bench.attempt(case.name, OURS, partial(bench.measure, case))
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    for sweep in (bench.check, bench.measure):
+        for case in options.chosen:
+            bench.attempt(case.name, OURS, partial(sweep, case))
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
     if bench.records:
         path = options.out / f"{machine.slug(bench.gpu)}-{datetime.now(timezone.utc).date().isoformat()}.json"
         records.write(bench.records, path)
