@@ -167,3 +167,13 @@ def test_a_given_B_that_does_not_fit_is_named(norm, device):
     ):
         with pytest.raises(error, match="^B: got"):
             oxiscan.mamba_inner_fn(**tensors | {"B": B})
+
+
+def test_an_error_that_is_kept_changes_no_later_backward(device):
+    tensors = inputs.mamba_inner(dtype=torch.float32, device=device)
+    tensors["xz"].requires_grad_()
+    with pytest.raises(ValueError, match="^D: got shape") as kept:
+        OP(**tensors | {"D": tensors["D"][:-1]})
+    leaf = torch.ones(3, device=device, requires_grad=True)
+    leaf.exp().sum().backward()
+    assert torch.equal(leaf.grad, leaf.exp()) and kept.value is not None

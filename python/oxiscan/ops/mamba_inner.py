@@ -182,7 +182,12 @@ def mamba_inner_fn(
         b_c_dt_rms_eps,
     )
     if checkpoint_lvl == 1 and torch.is_grad_enabled():
-        out = checkpoint(_conv_and_scan, *arguments, use_reentrant=False, preserve_rng_state=False)
+        try:
+            out = checkpoint(_conv_and_scan, *arguments, use_reentrant=False, preserve_rng_state=False)
+        except Exception as error:
+            # torch's checkpoint (2.11; no longer 2.13) leaves its hooks on this thread while a frame of it lives, as in
+            # the traceback of an error that is kept: the backward of what comes next would run this call again.
+            raise error.with_traceback(None)
     else:
         out = _conv_and_scan(*arguments)
     bias = None if out_proj_bias is None else out_proj_bias.to(out.dtype)
