@@ -187,7 +187,7 @@ def mamba_inner_fn(
         except Exception as error:
             # torch's checkpoint (2.11; no longer 2.13) leaves its hooks on this thread while a frame of it lives, as in
             # the traceback of an error that is kept: the backward of what comes next would run this call again.
-            raise error.with_traceback(None)
+            raise error.with_traceback(None) from error.__cause__
     else:
         out = _conv_and_scan(*arguments)
     bias = None if out_proj_bias is None else out_proj_bias.to(out.dtype)
