@@ -61,7 +61,7 @@ struct OxiTensor5 {
 };
 
 /* z: of no meaning to instances without a gate. bias.data: null where not given. warps: how many share a group of a row.
- * dense: all tensors' rows are dense and aligned to 16 bytes, groups too; where an instance keeps them in registers they
+ * dense: all tensors' rows are dense and aligned to 16 bytes, groups too; where an instance keeps them on the chip they
  * always are. */
 struct OxiNormForward {
   struct OxiRows rows;
@@ -79,7 +79,7 @@ struct OxiNormForward {
 };
 
 /* As above. partials: (blocks, dim), or with bias (blocks, 2, dim): the gradients of weight and bias that each block of
- * rows adds; with bias no instance that keeps rows in registers. */
+ * rows adds; with bias no instance that keeps rows on the chip. */
 struct OxiNormBackward {
   struct OxiRows rows;
   struct OxiRowTensor x;

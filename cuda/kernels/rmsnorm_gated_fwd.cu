@@ -49,10 +49,10 @@ extern "C" __global__ void __launch_bounds__(kMaxWarps *kWarp, 1) KERNEL(const _
   };
   const auto v = [&](int i, int j) { return kGate == BEFORE ? x[i][j] * silu(z[i][j]) : x[i][j]; };
 
-  if constexpr (kInRegisters) each_vector(thread, threads, p.group_size, load);
+  if constexpr (kOnChip) each_vector(thread, threads, p.group_size, load);
   float sum[1] = {0.0f};
   each_vector(thread, threads, p.group_size, [&](int i, int first) {
-    if constexpr (!kInRegisters) load(i, first);
+    if constexpr (!kOnChip) load(i, first);
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) sum[0] = fmaf(v(i, j), v(i, j), sum[0]);
   });
@@ -60,7 +60,7 @@ extern "C" __global__ void __launch_bounds__(kMaxWarps *kWarp, 1) KERNEL(const _
   const float rstd = rsqrtf(sum[0] / p.group_size + p.eps);
 
   each_vector(thread, threads, p.group_size, [&](int i, int first) {
-    if constexpr (kInRegisters) {
+    if constexpr (kOnChip) {
       x[i].forget();
       if constexpr (kGated) z[i].forget();
     } else {

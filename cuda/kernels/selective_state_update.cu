@@ -6,15 +6,18 @@
 //
 // Grid: (batch, nheads, blocks that share the rows of a head). Who owns what: 2^lanes_log2 lanes of a warp own a row of the
 // state (dstate elements), 8 elements each: with V elements in 16 bytes, lane l has vectors l, l + lanes, ... of V elements.
-// A thread has its elements of kRows rows in registers through all tokens of the call; their loads are under way together,
-// and B, C and, where A and dt do not differ within a head, the decay serve all of them.
+// A thread has kRows rows: one, in registers through all tokens of the call, or several for one token. Their loads are then
+// under way together, those of four as copies to shared memory, which take no registers, and B, C and, where A and dt do
+// not differ within a head, the decay serve all of them.
 //
 // Phases, without barriers: load the rows of the state; for each token load B, C, x, dt, step, sum state C over a row's
-// lanes by shuffles, store; store the rows. Nothing is read on the host: a sequence of index -1 gets zeros, one of any
-// other index outside the slots NaN, and neither touches a state.
+// lanes by shuffles, store; store the rows, each of several as soon as it has its token. Nothing is read on the host: a
+// sequence of index -1 gets zeros, one of any other index outside the slots NaN, and neither touches a state.
 //
-// Shared memory: none. fp32: everything between loads and stores; the state is rounded once a call.
+// Shared memory: with four rows a thread its elements of them, 8 or 16 KB a block; each thread reads its own alone.
+// fp32: everything between loads and stores; the state is rounded once a call.
 
+#include "async_copy.cuh"
 #include "dependent_launch.cuh"
 #include "dtype.cuh"
 #include "math.cuh"
@@ -31,12 +34,15 @@ using State = oxi::STATE;
 constexpr bool kDense = ROWS > 0;
 constexpr int kRows = kDense ? ROWS : 1;
 constexpr bool kOneToken = kRows > 1;
+// Through shared memory, with fewer registers and so more blocks at a time, where that counts more than how soon a thread
+// is done.
+constexpr bool kThroughShared = kRows > 2;
 constexpr int kMaxWarps = 4;
-// For enough loads under way on a multiprocessor; registers suffice for four blocks on sm_90, where x is narrow.
-#if __CUDA_ARCH__ == 900
-constexpr int kOneTokenBlocks = sizeof(Element) == 2 ? 4 : 3;
+// For enough loads under way on a multiprocessor: as many blocks as there are registers for without spills.
+#if __CUDA_ARCH__ < 1000
+constexpr int kOneTokenBlocks = 5;
 #else
-constexpr int kOneTokenBlocks = 3;
+constexpr int kOneTokenBlocks = 4;
 #endif
 constexpr int kBlocks = kOneToken ? kOneTokenBlocks : 1;
 // Elements that a thread has of a row, in packs of 16 bytes of the state.
@@ -54,12 +60,15 @@ struct Share {
   __device__ float operator[](int i) const { return packs[i / kWidth][i % kWidth]; }
 };
 
+// Where a thread's pack is in a line.
+__device__ int first_of(int pack, int lane, const OxiStateUpdate &p) { return ((pack << p.lanes_log2) + lane) * kWidth; }
+
 template <typename T>
 __device__ Share<T> load_share(const T *line, long long step, int lane, const OxiStateUpdate &p) {
   Share<T> share;
 #pragma unroll
   for (int i = 0; i < kPacks; ++i) {
-    const int first = ((i << p.lanes_log2) + lane) * kWidth;
+    const int first = first_of(i, lane, p);
     // Lanes are filled, so nothing is past the end.
     if constexpr (kDense) {
       share.packs[i] = *reinterpret_cast<const Pack<T, kWidth> *>(line + first);
@@ -78,12 +87,27 @@ __device__ void store_share(T *line, long long step, int lane, const OxiStateUpd
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) part[j] = values[i * kWidth + j];
     const auto pack = Pack<T, kWidth>::of(part);
-    const int first = ((i << p.lanes_log2) + lane) * kWidth;
+    const int first = first_of(i, lane, p);
     if constexpr (kDense) {
       *reinterpret_cast<Pack<T, kWidth> *>(line + first) = pack;
     } else {
       store_pack(line, step, first, p.dstate, false, pack);
     }
+  }
+}
+
+// A thread's share of a row of the states after token t.
+__device__ void store_intermediate(const OxiStateUpdate &p, long long slot, int t, int head, int row, int lane,
+                                   const float (&state)[kHeld]) {
+  const OxiTensor5 &all = p.intermediate;
+  const long long offset = slot * all.stride[0] + t * all.stride[1] + head * all.stride[2] + row * all.stride[3];
+  const auto store = [&](auto *data) { store_share(data + offset, all.stride[4], lane, p, state); };
+  if (p.intermediate_dtype == OXI_F32) {
+    store(static_cast<f32 *>(all.data));
+  } else if (p.intermediate_dtype == OXI_BF16) {
+    store(static_cast<bf16 *>(all.data));
+  } else {
+    store(static_cast<f16 *>(all.data));
   }
 }
 
@@ -146,15 +170,36 @@ extern "C" __global__ void __launch_bounds__(kMaxWarps *kWarp, kBlocks) KERNEL(c
   }
 
   State *states = static_cast<State *>(p.state.data) + slot * p.state.stride[0];
-  Share<State> loaded[kRows];
-#pragma unroll
-  for (int i = 0; i < kRows; ++i) loaded[i] = load_share(states + slot_rows[i], p.state.stride[3], lane, p);
+  // By row, pack, thread: each thread reads what it asked for, and waits for no other.
+  __shared__ uint4 arriving[kThroughShared ? kRows * kPacks * kMaxWarps * kWarp : 1];
+  const auto place = [&](int i, int pack) -> uint4 & {
+    return arriving[(i * kPacks + pack) * kMaxWarps * kWarp + threadIdx.x];
+  };
   float state[kRows][kHeld];
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
+    if constexpr (kThroughShared) {
 #pragma unroll
-    for (int j = 0; j < kHeld; ++j) state[i][j] = loaded[i][j];
+      for (int pack = 0; pack < kPacks; ++pack) {
+        copy_async(&place(i, pack), states + slot_rows[i] + first_of(pack, lane, p), true);
+      }
+    } else {
+      const auto loaded = load_share(states + slot_rows[i], p.state.stride[3], lane, p);
+#pragma unroll
+      for (int j = 0; j < kHeld; ++j) state[i][j] = loaded[j];
+    }
   }
+  if constexpr (kThroughShared) end_of_batch();
+  const auto receive = [&](int i) {
+    Share<State> loaded;
+#pragma unroll
+    for (int pack = 0; pack < kPacks; ++pack) loaded.packs[pack] = reinterpret_cast<Pack<State, kWidth> &>(place(i, pack));
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) state[i][j] = loaded[j];
+  };
+  const auto store = [&](int i) {
+    if (stores) store_share(states + slot_rows[i], p.state.stride[3], lane, p, state[i]);
+  };
   // Whether all of a row has one A.
   const bool one_A = p.A.stride[2] == 0;
 
@@ -196,23 +241,40 @@ extern "C" __global__ void __launch_bounds__(kMaxWarps *kWarp, kBlocks) KERNEL(c
       }
     }
 
+    float y[kRows];
+    // What is left to do with a row once it has this token.
+    const auto finish = [&](int i) {
+      y[i] = 0.0f;
+#pragma unroll
+      for (int j = 0; j < kHeld; ++j) y[i] = fmaf(state[i][j], C[j], y[i]);
+      if (p.intermediate.data != nullptr && stores) {
+        store_intermediate(p, slot, t, head, row + i * rows_at_once, lane, state[i]);
+      }
+      if constexpr (kOneToken) store(i);
+    };
+    if constexpr (kThroughShared) wait_for_batches<0>();
+
     if (one_A) {
       Decay decay(0.0f);
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
+        if constexpr (kThroughShared) receive(i);
         if (i == 0 || !p.one_decay) decay = Decay(dt[i] * A_scalar[i]);
         const float dtx = dt[i] * x[i];
 #pragma unroll
         for (int j = 0; j < kHeld; ++j) state[i][j] = decay.apply(state[i][j], dtx * B[j]);
+        finish(i);
       }
     } else {
       const auto step = [&](auto *data) {
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
+          if constexpr (kThroughShared) receive(i);
           const auto A = load_share(data + A_rows[i], p.A.stride[2], lane, p);
           const float dtx = dt[i] * x[i];
 #pragma unroll
           for (int j = 0; j < kHeld; ++j) state[i][j] = Decay(dt[i] * A[j]).apply(state[i][j], dtx * B[j]);
+          finish(i);
         }
       };
       // Parameters have the activations' dtype or fp32.
@@ -223,13 +285,6 @@ extern "C" __global__ void __launch_bounds__(kMaxWarps *kWarp, kBlocks) KERNEL(c
       }
     }
 
-    float y[kRows];
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      y[i] = 0.0f;
-#pragma unroll
-      for (int j = 0; j < kHeld; ++j) y[i] = fmaf(state[i][j], C[j], y[i]);
-    }
     warp_sum(y, 1 << p.lanes_log2);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
@@ -237,29 +292,10 @@ extern "C" __global__ void __launch_bounds__(kMaxWarps *kWarp, kBlocks) KERNEL(c
       if (p.z.data != nullptr) y[i] *= silu(to_float(z_element[i]));
       if (lane == 0 && stores) element(p.out, out_rows[i] + t * p.out.stride[1]) = from_float<Element>(y[i]);
     }
-
-    if (p.intermediate.data != nullptr && stores) {
-      const OxiTensor5 &all = p.intermediate;
-      const long long offset =
-          slot * all.stride[0] + t * all.stride[1] + head * all.stride[2] + row * all.stride[3];
-      const auto store = [&](auto *data) {
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) {
-          store_share(data + offset + i * rows_at_once * all.stride[3], all.stride[4], lane, p, state[i]);
-        }
-      };
-      if (p.intermediate_dtype == OXI_F32) {
-        store(static_cast<f32 *>(all.data));
-      } else if (p.intermediate_dtype == OXI_BF16) {
-        store(static_cast<bf16 *>(all.data));
-      } else {
-        store(static_cast<f16 *>(all.data));
-      }
-    }
   }
 
+  if constexpr (!kOneToken) {
 #pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    if (stores) store_share(states + slot_rows[i], p.state.stride[3], lane, p, state[i]);
+    for (int i = 0; i < kRows; ++i) store(i);
   }
 }

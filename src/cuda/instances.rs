@@ -57,13 +57,13 @@ const ELEMENT: Axis = Axis { define: "ELEMENT", values: &["f32", "bf16", "f16"] 
 /// The dtype of a decode state: likewise.
 const STATE: Axis = Axis { define: "STATE", values: &["f32", "bf16", "f16"] };
 
-/// 16-byte vectors that a thread keeps in registers; 0: of rows too long for that, or with any strides, it reads its
+/// 16-byte vectors that a thread keeps on the chip; 0: of rows too long for that, or with any strides, it reads its
 /// elements once for every phase. Backward keeps three tensors and a sum; without a gate, where it is two, twice as many
 /// vectors as the larger number says.
 const VECTORS_FWD: Axis = Axis { define: "VECTORS", values: &["0", "1", "4"] };
 const VECTORS_BWD: Axis = Axis { define: "VECTORS", values: &["0", "1", "2"] };
 
-/// No gate, after the norm, before it: it decides which tensors take registers.
+/// No gate, after the norm, before it: it decides which tensors take registers and shared memory.
 const GATE: Axis = Axis { define: "GATE", values: &["NONE", "AFTER", "BEFORE"] };
 
 /// Rows of the state that a thread has at once: several, for loads enough under way, where there is one token; 0: one row,

@@ -12,6 +12,20 @@ use crate::error::{Error, Result};
 /// The largest grid, along each of its dimensions.
 const MAX_BLOCKS: [usize; 3] = [0x7fff_ffff, 0xffff, 0xffff];
 
+/// The shape of a launch's blocks.
+#[derive(Clone, Copy)]
+pub struct Block {
+    pub threads: usize,
+    /// Shared memory beside what the kernel declares with a size.
+    pub shared_bytes: usize,
+}
+
+impl Block {
+    pub fn of(threads: usize) -> Self {
+        Block { threads, shared_bytes: 0 }
+    }
+}
+
 /// Where a call runs: a device and torch's current stream of it.
 #[derive(Clone, Copy)]
 pub struct Stream {
@@ -28,7 +42,8 @@ impl Stream {
         Ok(Stream { device: CudaDevice::get(index)?, raw: raw as sys::CUstream })
     }
 
-    /// Launch the instance of the params' kernel with these choices, an index of a value for each axis.
+    /// Launch the instance of the params' kernel with these choices, an index of a value for each axis, in blocks of this
+    /// shape.
     ///
     /// Memory that params point to must be the device's and as large as they say: that is what the ops check.
     pub fn launch<P: Params>(
@@ -36,7 +51,7 @@ impl Stream {
         params: &P,
         choices: &[usize],
         blocks: [usize; 3],
-        threads: usize,
+        block: Block,
     ) -> Result<()> {
         if blocks.iter().zip(MAX_BLOCKS).any(|(&blocks, most)| blocks > most) {
             return Err(Error::Unsupported {
@@ -61,10 +76,10 @@ impl Stream {
                 gridDimX: x,
                 gridDimY: y,
                 gridDimZ: z,
-                blockDimX: threads as u32,
+                blockDimX: block.threads as u32,
                 blockDimY: 1,
                 blockDimZ: 1,
-                sharedMemBytes: 0,
+                sharedMemBytes: block.shared_bytes as u32,
                 hStream: self.raw,
                 attrs: &mut attribute,
                 numAttrs: self.device.starts_early.into(),
@@ -78,18 +93,23 @@ impl Stream {
         })
     }
 
-    /// How many blocks of `threads` threads the device holds at once, of the instance that `launch` would launch.
-    pub fn resident_blocks<P: Params>(&self, choices: &[usize], threads: usize) -> Result<usize> {
+    /// How many such blocks the device holds at once, of the instance that `launch` would launch: 0 if one takes more
+    /// shared memory than there is.
+    pub fn resident_blocks<P: Params>(&self, choices: &[usize], block: Block) -> Result<usize> {
+        let instance = P::KERNEL.instance(choices);
+        if block.shared_bytes > self.device.shared_bytes_left(instance) {
+            return Ok(0);
+        }
         self.device.enter(|| {
-            let function = self.device.function(P::KERNEL.instance(choices))?;
+            let function = self.device.function(instance)?;
             let mut blocks = 0;
             // SAFETY: `blocks` is a valid place for the result, the function one of this context.
             let code = unsafe {
                 sys::cuOccupancyMaxActiveBlocksPerMultiprocessor(
                     &mut blocks,
                     function,
-                    threads as i32,
-                    0,
+                    block.threads as i32,
+                    block.shared_bytes,
                 )
             };
             check(code, P::KERNEL.name)?;

@@ -45,6 +45,8 @@ pub struct CudaDevice {
     pub name: String,
     pub capability: (u32, u32),
     pub multiprocessors: u32,
+    /// The most shared memory of a block.
+    shared_bytes: usize,
     /// Whether a kernel may be launched to start before the one ahead of it ends (dependent_launch.cuh).
     pub starts_early: bool,
     /// The primary context, which torch uses too; kept for the life of the process.
@@ -134,6 +136,8 @@ impl CudaDevice {
         );
         let multiprocessors =
             attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device)?;
+        let shared_bytes =
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, device)?;
         // Capturing such launches in a graph takes CUDA 12.3.
         let starts_early = capability >= (9, 0) && driver_version()? >= 12030;
         Ok(CudaDevice {
@@ -142,6 +146,7 @@ impl CudaDevice {
             name,
             capability,
             multiprocessors,
+            shared_bytes: shared_bytes as usize,
             starts_early,
             context,
         })
@@ -190,12 +195,19 @@ impl CudaDevice {
         if !known.is_null() {
             return Ok(known);
         }
-        let loaded = self.load(&INSTANCES[instance])?;
+        let loaded = self.load(instance)?;
         function.store(loaded, Ordering::Release);
         Ok(loaded)
     }
 
-    fn load(&self, embedded: &'static Embedded) -> Result<sys::CUfunction> {
+    /// What a block of the instance may take of shared memory beside what the kernel declares with a size.
+    pub fn shared_bytes_left(&self, instance: usize) -> usize {
+        let own = INSTANCES[instance].cubin(self.capability).map_or(0, |cubin| cubin.shared_bytes);
+        self.shared_bytes.saturating_sub(own as usize)
+    }
+
+    fn load(&self, instance: usize) -> Result<sys::CUfunction> {
+        let embedded = &INSTANCES[instance];
         let (major, minor) = self.capability;
         let Some(cubin) = embedded.cubin(self.capability) else {
             let archs: Vec<_> = embedded.cubins.iter().map(|cubin| cubin.arch).collect();
@@ -223,6 +235,12 @@ impl CudaDevice {
             )
             .and_then(|()| {
                 check(sys::cuModuleGetFunction(&mut function, module, symbol.as_ptr()), &doing)
+            })
+            .and_then(|()| {
+                let most =
+                    sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+                let left = self.shared_bytes_left(instance) as i32;
+                check(sys::cuFuncSetAttribute(function, most, left), &doing)
             });
             check(sys::cuThreadExchangeStreamCaptureMode(&mut mode), &doing)?;
             loaded?;

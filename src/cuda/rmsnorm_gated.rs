@@ -1,6 +1,6 @@
 //! Gated RMSNorm on CUDA: which instance serves a call, and its launch.
 
-use super::launch::Stream;
+use super::launch::{Block, Stream};
 use super::params::{self, OxiNormBackward, OxiNormForward, OxiNormParameters};
 use super::rows::MergedRows;
 use crate::error::Result;
@@ -19,7 +19,7 @@ const VECTOR: usize = 16;
 struct Split {
     /// How many warps share it.
     warps: usize,
-    /// The choice of VECTORS: 0 for none in registers, 1 for one vector a thread, 2 for `most`.
+    /// The choice of VECTORS: 0 for none on the chip, 1 for one vector a thread, 2 for `most`.
     held: usize,
 }
 
@@ -79,7 +79,7 @@ pub fn forward(stream: &Stream, dtype: DType, inputs: &NormInputs, out: &Rows) -
     let (blocks, warps) =
         if warps == 1 { (groups.div_ceil(BLOCK_WARPS), BLOCK_WARPS) } else { (groups, warps) };
     let choices = [params::dtype(dtype) as usize, held, gate(inputs)];
-    stream.launch(&params, &choices, [blocks, 1, 1], warps * WARP)
+    stream.launch(&params, &choices, [blocks, 1, 1], Block::of(warps * WARP))
 }
 
 pub fn backward(
@@ -94,16 +94,30 @@ pub fn backward(
     let dz = gradients.dz.as_ref().unwrap_or(&gradients.dx);
     let tensors = [&inputs.x, &gradients.dout, &gradients.dx, z, dz];
     let merged = MergedRows::new(&tensors);
-    let dense = is_dense(inputs, &merged, &tensors, dtype);
+    let dense = is_dense(inputs, &merged, &tensors, dtype)
+        && (partials.data() as usize).is_multiple_of(VECTOR);
     let biased = inputs.bias.is_some();
     let most = if inputs.z.is_some() { 2 } else { 4 };
-    let Split { warps, held } = split(dims.group_size, dtype, most, dense && !biased);
-    // Rows of a block at once.
-    let slots = if warps == 1 && held > 0 { BLOCK_WARPS } else { 1 };
-    let threads = warps * slots * WARP;
-    let choices = [params::dtype(dtype) as usize, held, gate(inputs)];
+    let tensors_read = if inputs.z.is_some() { 3 } else { 2 };
     let ngroups = dims.dim / dims.group_size;
-    let resident = stream.resident_blocks::<OxiNormBackward>(&choices, threads)?;
+    let plan = |on_chip: bool| {
+        let Split { warps, held } = split(dims.group_size, dtype, most, on_chip);
+        // Rows of a block at once.
+        let slots = if warps == 1 && held > 0 { BLOCK_WARPS } else { 1 };
+        let threads = warps * slots * WARP;
+        let vectors = [0, 1, most][held];
+        // Of two rows for each thread, and in fp32 of the weight for each that shares a group.
+        let shared_bytes = vectors * VECTOR * 2 * tensors_read * threads
+            + vectors * VECTOR / dtype.size() * size_of::<f32>() * warps * WARP;
+        let choices = [params::dtype(dtype) as usize, held, gate(inputs)];
+        let block = Block { threads, shared_bytes };
+        let resident = stream.resident_blocks::<OxiNormBackward>(&choices, block)?;
+        Ok((warps, slots, choices, block, resident))
+    };
+    let (warps, slots, choices, block, resident) = match plan(dense && !biased)? {
+        (.., 0) => plan(false)?,
+        plan => plan,
+    };
     // As many as run at once, so that all end together; none without a row, since its part of the sum would be missing.
     let blocks = (resident / ngroups).max(1).min(dims.nrows.div_ceil(slots)).min(partials.shape[0]);
     let params = OxiNormBackward {
@@ -123,7 +137,7 @@ pub fn backward(
         warps: warps as i32,
         dense: dense.into(),
     };
-    stream.launch(&params, &choices, [blocks * ngroups, 1, 1], threads)?;
+    stream.launch(&params, &choices, [blocks * ngroups, 1, 1], block)?;
 
     let params = OxiNormParameters {
         partials: partials.data().cast(),
@@ -133,5 +147,5 @@ pub fn backward(
         dim: params::size("x", "dim", dims.dim)?,
     };
     let columns = dims.dim * if biased { 2 } else { 1 };
-    stream.launch(&params, &[], [columns.div_ceil(WARP), 1, 1], WARP * WARP)
+    stream.launch(&params, &[], [columns.div_ceil(WARP), 1, 1], Block::of(WARP * WARP))
 }

@@ -1,13 +1,13 @@
 //! Decode steps on CUDA: which instance serves a call, and its launch.
 
-use super::launch::Stream;
+use super::launch::{Block, Stream};
 use super::params::{self, OxiStateUpdate};
 use crate::error::{Error, Result};
 use crate::ops::selective_state_update::StateUpdateInputs;
 use crate::tensor::{DType, View};
 
 const WARP: usize = 32;
-/// kMaxWarps and kHeld of the kernel, and kRows by the choice of ROWS.
+/// kMaxWarps and kHeld of the kernel, and kRows by the choice of ROWS; kOneTokenBlocks is in `update`.
 const MAX_WARPS: usize = 4;
 const HELD: usize = 8;
 const ROWS: [usize; 4] = [1, 1, 2, 4];
@@ -66,7 +66,8 @@ pub fn update(
     // even then, and what counts is how soon a thread is done.
     let fills =
         |choice: usize| dims.seqlen() == 1 && dims.dim.is_multiple_of(rows_at_once * ROWS[choice]);
-    let at_once = 4 * stream.device.multiprocessors as usize;
+    let blocks_at_once = if stream.device.capability < (10, 0) { 5 } else { 4 };
+    let at_once = blocks_at_once * stream.device.multiprocessors as usize;
     let choice = match dense {
         true if fills(3) && grid(3).0.iter().product::<usize>() > at_once => 3,
         true if fills(2) => 2,
@@ -112,5 +113,5 @@ pub fn update(
     };
     let choices = [params::dtype(dtype) as usize, params::dtype(state.dtype) as usize, choice];
     let (blocks, warps) = grid(choice);
-    stream.launch(&params, &choices, blocks, warps * WARP)
+    stream.launch(&params, &choices, blocks, Block::of(warps * WARP))
 }

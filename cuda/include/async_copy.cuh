@@ -1,0 +1,22 @@
+// Copies from global to shared memory that a thread asks for and does not wait for (8.0 and later).
+#pragma once
+
+namespace oxi {
+
+// 16 bytes to `to`, zeros unless `inside`; `from` is then not read.
+__device__ inline void copy_async(void *to, const void *from, bool inside) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to))),
+               "l"(from), "r"(inside ? 16 : 0)
+               : "memory");
+}
+
+// The copies that this thread has asked for since the last call are a batch, if only an empty one.
+__device__ inline void end_of_batch() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Wait until all of this thread's batches have arrived but the latest N. Other threads see them after a barrier.
+template <int N>
+__device__ inline void wait_for_batches() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+}  // namespace oxi
