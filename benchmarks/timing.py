@@ -2,10 +2,9 @@
 
 import ctypes
 import math
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +39,7 @@ class Effort(NamedTuple):
         return max(5, min(self.calls, int(self.microseconds / us)))
 
 
-FULL = Effort(300_000, 100, 100, 100)
+FULL = Effort(300_000, 100, 40, 100)
 QUICK = Effort(50_000, 10, 5, 20)
 
 
@@ -200,12 +199,11 @@ def replay_us(prepare: Callable[[], Call], nbytes: int, device: torch.device, ef
 def host_us(call: Call, device: torch.device, effort: Effort) -> float:
     """How long the host is busy with a call, in the fastest of loops that do not wait for the GPU.
 
-    Not the median, and on each core in turn: whatever else runs on the machine only adds, on a core that is shared up
-    to twice the time.
+    Not the median: whatever else runs on the machine only adds, on shared cores up to twice the time.
     """
     warm_us(call, device)
     samples = []
-    for _ in turns_on_cores(effort.host_loops, device):
+    for _ in range(effort.host_loops):
         synchronize(device)
         started = time.perf_counter()
         for _ in range(effort.host_calls):
@@ -213,21 +211,6 @@ def host_us(call: Call, device: torch.device, effort: Effort) -> float:
         samples.append((time.perf_counter() - started) / effort.host_calls * 1e6)
     synchronize(device)
     return min(samples)
-
-
-def turns_on_cores(turns: int, device: torch.device) -> Iterator[int]:
-    """0, 1, ..., turns - 1, with this thread on one core after the other; on any where the CPU's threads compute."""
-    if device.type == "cpu" or not hasattr(os, "sched_setaffinity"):
-        yield from range(turns)
-        return
-    cores = os.sched_getaffinity(0)
-    order = sorted(cores)
-    try:
-        for turn in range(turns):
-            os.sched_setaffinity(0, {order[turn * len(order) // turns]})
-            yield turn
-    finally:
-        os.sched_setaffinity(0, cores)
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:
