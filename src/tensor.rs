@@ -292,12 +292,18 @@ impl TensorArg {
     /// Fail unless each stride steps over all that the smaller ones reach: then no two indices reach the same element,
     /// and tasks can write in place side by side.
     pub fn expect_writable(&self, arg: &'static str) -> Result<()> {
-        let mut axes: Vec<_> =
-            self.strides.iter().zip(self.shape()).filter(|(_, size)| **size > 1).collect();
-        axes.sort();
+        // On the stack: this is part of what a decode step costs.
+        let mut axes = [(0, 0); MAX_DIMS];
+        let mut count = 0;
+        for (&stride, &size) in self.strides.iter().zip(self.shape()).filter(|(_, size)| **size > 1)
+        {
+            axes[count] = (stride, size);
+            count += 1;
+        }
+        axes[..count].sort_unstable();
         let mut reach = 0;
         let mut overlapping = false;
-        for (&stride, &size) in axes {
+        for &(stride, size) in &axes[..count] {
             overlapping |= stride <= reach;
             reach += stride * (size as isize - 1);
         }
