@@ -2,13 +2,16 @@
 
 use std::{env, path::Path, path::PathBuf, process::Command};
 
-/// Name and version as in pyproject.toml, and what is wanted of it.
-const WHEELS: [(&str, &str, &str); 4] = [
-    ("nvidia-cuda-nvrtc-cu12", "12.9.86", "nvidia/cuda_nvrtc/lib/libnvrtc.so.12"),
-    ("nvidia-cuda-runtime-cu12", "12.9.79", "nvidia/cuda_runtime/include"),
-    ("nvidia-cuda-cccl-cu12", "12.9.27", "nvidia/cuda_cccl/include"),
-    ("libclang", "18.1.1", "clang/native/libclang.so"),
+/// Name, and what is wanted of it.
+const WHEELS: [(&str, &str); 4] = [
+    ("nvidia-cuda-nvrtc-cu12", "nvidia/cuda_nvrtc/lib/libnvrtc.so.12"),
+    ("nvidia-cuda-runtime-cu12", "nvidia/cuda_runtime/include"),
+    ("nvidia-cuda-cccl-cu12", "nvidia/cuda_cccl/include"),
+    ("libclang", "clang/native/libclang.so"),
 ];
+
+/// Where the versions are written.
+const PYPROJECT: &str = include_str!("../pyproject.toml");
 
 /// Prints version and place of each wheel, or fails with the reason in its last line.
 const QUERY: &str = "
@@ -57,7 +60,7 @@ pub fn find() -> Result<Wheels, String> {
         }
     }
     let install: String =
-        WHEELS.iter().map(|(name, version, _)| format!(" {name}=={version}")).collect();
+        WHEELS.iter().map(|(name, _)| format!(" {}", requirement(name))).collect();
     Err(format!(
         "The CUDA kernels are compiled with packages from PyPI, which no Python has:\n{reasons}\n\
          Install them:\n  pip install{install}\n\
@@ -65,8 +68,14 @@ pub fn find() -> Result<Wheels, String> {
     ))
 }
 
+/// A wheel as pyproject.toml requires it.
+fn requirement(name: &str) -> &'static str {
+    let is_it = |text: &&str| text.split_once("==").is_some_and(|(required, _)| required == name);
+    PYPROJECT.split('"').find(is_it).expect("pyproject.toml requires each wheel in one version")
+}
+
 fn ask(python: &Path) -> Result<Wheels, String> {
-    let arguments = WHEELS.iter().flat_map(|(name, _, path)| [name, path]);
+    let arguments = WHEELS.iter().flat_map(|(name, path)| [name, path]);
     let output = Command::new(python)
         .args(["-c", QUERY])
         .args(arguments)

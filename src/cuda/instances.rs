@@ -1,8 +1,8 @@
 //! The table of kernels: which are compiled, in which instances.
 //!
-//! build.rs compiles every instance for every architecture from it; the ops find their instance by it. Each axis costs
-//! compile time and bytes of the wheel, so each says why it is one: flags that no inner loop sees are run-time fields of
-//! the kernel's params struct instead.
+//! The build script compiles every instance for every architecture from it; the ops find their instance by it. Each axis
+//! costs compile time and bytes of the wheel, so each says why it is one: flags that no inner loop sees are run-time
+//! fields of the kernel's params struct instead.
 
 /// A compile-time axis: the macro that the kernel reads and the values it takes.
 pub struct Axis {

@@ -12,6 +12,9 @@ use crate::error::{Error, Result};
 /// The largest grid, along each of its dimensions.
 const MAX_BLOCKS: [usize; 3] = [0x7fff_ffff, 0xffff, 0xffff];
 
+/// Threads of a warp.
+pub const WARP: usize = 32;
+
 /// The shape of a launch's blocks.
 #[derive(Clone, Copy)]
 pub struct Block {

@@ -1,4 +1,4 @@
-//! The CUDA backend: one file per op, kernels compiled by build.rs and launched on torch's current stream.
+//! The CUDA backend: one file per op, kernels compiled by the build script and launched on torch's current stream.
 
 #[allow(dead_code)] // the build script uses the rest
 mod instances;

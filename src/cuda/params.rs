@@ -34,6 +34,21 @@ impl Params for OxiStateUpdate {
     const KERNEL: &'static Kernel = &KERNELS[named("selective_state_update")];
 }
 
+/// Bytes that a thread moves at once.
+pub const VECTOR: usize = 16;
+
+/// Whether the last dimension is dense and lines along it start at multiples of what `width` elements are moved in.
+pub fn is_dense<const N: usize>(view: &View<N>, width: usize) -> bool {
+    let bytes = VECTOR.min(width * view.dtype.size()) as isize;
+    let starts_aligned = |(&stride, &size): (&isize, &usize)| {
+        size <= 1 || stride * view.dtype.size() as isize % bytes == 0
+    };
+    let last = N - 1;
+    view.strides()[last] == 1
+        && view.data() as isize % bytes == 0
+        && view.strides()[..last].iter().zip(&view.shape).all(starts_aligned)
+}
+
 /// A dtype's number in params.h, and its place among the values of an axis of dtypes.
 pub fn dtype(dtype: DType) -> u32 {
     match dtype {

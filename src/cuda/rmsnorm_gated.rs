@@ -1,19 +1,16 @@
 //! Gated RMSNorm on CUDA: which instance serves a call, and its launch.
 
-use super::launch::{Block, Stream};
-use super::params::{self, OxiNormBackward, OxiNormForward, OxiNormParameters};
+use super::launch::{Block, Stream, WARP};
+use super::params::{self, OxiNormBackward, OxiNormForward, OxiNormParameters, VECTOR};
 use super::rows::MergedRows;
 use crate::error::Result;
 use crate::ops::rmsnorm_gated::{NormGradients, NormInputs};
 use crate::tensor::{DType, Rows, View};
 
-const WARP: usize = 32;
 /// A block's warps where each has a group of its own.
 const BLOCK_WARPS: usize = 4;
 /// The most warps that share a group: kMaxWarps of the kernels.
 const MAX_WARPS: usize = 16;
-/// Bytes that a thread moves at once.
-const VECTOR: usize = 16;
 
 /// How a group of a row is shared out.
 struct Split {
@@ -46,8 +43,7 @@ fn gate(inputs: &NormInputs) -> usize {
 
 /// Whether rows and parameters, and groups in them, are dense and aligned.
 fn is_dense(inputs: &NormInputs, merged: &MergedRows, rows: &[&Rows], dtype: DType) -> bool {
-    let parameter =
-        |view: &View<1>| view.strides()[0] == 1 && (view.data() as usize).is_multiple_of(VECTOR);
+    let parameter = |view: &View<1>| params::is_dense(view, VECTOR / dtype.size());
     (inputs.dims.group_size * dtype.size()).is_multiple_of(VECTOR)
         && rows.iter().enumerate().all(|(index, rows)| merged.is_dense(index, rows, VECTOR))
         && parameter(&inputs.weight)
@@ -97,8 +93,7 @@ pub fn backward(
     let dense = is_dense(inputs, &merged, &tensors, dtype)
         && (partials.data() as usize).is_multiple_of(VECTOR);
     let biased = inputs.bias.is_some();
-    let most = if inputs.z.is_some() { 2 } else { 4 };
-    let tensors_read = if inputs.z.is_some() { 3 } else { 2 };
+    let (most, tensors_read) = if inputs.z.is_some() { (2, 3) } else { (4, 2) };
     let ngroups = dims.dim / dims.group_size;
     let plan = |on_chip: bool| {
         let Split { warps, held } = split(dims.group_size, dtype, most, on_chip);

@@ -1,32 +1,17 @@
 //! Decode steps on CUDA: which instance serves a call, and its launch.
 
-use super::launch::{Block, Stream};
-use super::params::{self, OxiStateUpdate};
+use super::launch::{Block, Stream, WARP};
+use super::params::{self, OxiStateUpdate, VECTOR, is_dense};
 use crate::error::{Error, Result};
 use crate::ops::selective_state_update::StateUpdateInputs;
 use crate::tensor::{DType, View};
 
-const WARP: usize = 32;
 /// kMaxWarps and kHeld of the kernel, and kRows by the choice of ROWS; kOneTokenBlocks is in `update`.
 const MAX_WARPS: usize = 4;
 const HELD: usize = 8;
 const ROWS: [usize; 4] = [1, 1, 2, 4];
 /// A lane has HELD elements of a row.
 const MAX_DSTATE: usize = WARP * HELD;
-/// Bytes that a thread moves at once.
-const VECTOR: usize = 16;
-
-/// Whether the last dimension is dense and lines along it start at multiples of what `width` elements are moved in.
-fn is_dense<const N: usize>(view: &View<N>, width: usize) -> bool {
-    let bytes = VECTOR.min(width * view.dtype.size()) as isize;
-    let starts_aligned = |(&stride, &size): (&isize, &usize)| {
-        size <= 1 || stride * view.dtype.size() as isize % bytes == 0
-    };
-    let last = N - 1;
-    view.strides()[last] == 1
-        && view.data() as isize % bytes == 0
-        && view.strides()[..last].iter().zip(&view.shape).all(starts_aligned)
-}
 
 pub fn update(
     stream: &Stream,
