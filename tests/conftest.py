@@ -40,14 +40,9 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
     except NotImplementedError as error:
         missing = re.search(r"got a tensor on cuda:\d+; allowed: cpu, the only backend of (\w+) so far$", str(error))
         on_cuda = torch.device(item.config.getoption("--device")).type == "cuda"
-        if not on_cuda or missing is None or missing[1] in cuda_ops():
+        if not on_cuda or missing is None or missing[1] in _C.build_info()["cuda_ops"]:
             raise
         pytest.skip(str(error))
-
-
-def cuda_ops() -> list[str]:
-    """The public ops that have CUDA kernels in this build."""
-    return _C.build_info().get("cuda_ops", [])
 
 
 @pytest.fixture(scope="session")

@@ -140,7 +140,7 @@ def run_here(function: str, *arguments: str, **environment: str) -> str:
 
 
 def test_this_build_has_kernels_for_the_ops_tested_here():
-    assert {case.op for case in CASES} <= set(_C.build_info().get("cuda_ops", []))
+    assert {case.op for case in CASES} <= set(_C.build_info()["cuda_ops"])
 
 
 def test_an_op_without_kernels_says_so(device):
@@ -148,7 +148,7 @@ def test_an_op_without_kernels_says_so(device):
     from test_compile import CASES as training
     from test_compile import UPDATES as inference
 
-    on_cuda = _C.build_info().get("cuda_ops", [])
+    on_cuda = _C.build_info()["cuda_ops"]
     for op, make, options in [*training.values(), *inference.values()]:
         if op.__name__ not in on_cuda:
             tensors = make(batch=2, seqlen=3, dtype=F32, device=device)
@@ -572,6 +572,23 @@ def test_norm_parameters_of_two_dtypes(weight, bias, device):
     compare_norm(tensors | {"weight": tensors["weight"].to(weight), "bias": tensors["bias"].to(bias)})
 
 
+@GATES
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dim", [64, 2048])
+def test_the_norm_has_the_same_bits_in_every_layout(dim, bias, norm_before_gate, device):
+    tensors = inputs.rmsnorm_gated(9, dim, bias=bias, dtype=BF16, device=device)
+    gradient = inputs.normal(9, dim, dtype=BF16, device=device)
+    options = {"group_size": dim // 2, "norm_before_gate": norm_before_gate}
+    dense = run(oxiscan.rmsnorm_gated, tensors, options, [gradient])
+    strided = {name: inputs.strided(t) for name, t in tensors.items()}
+    view = run(oxiscan.rmsnorm_gated, strided, options, [inputs.strided(gradient)])
+    row = {name: t if name in ("weight", "bias") else t[3:4].clone() for name, t in tensors.items()}
+    alone = run(oxiscan.rmsnorm_gated, row, options, [gradient[3:4].clone()])
+    for name in ("out0", "dx", "dz"):  # gradients of parameters are sums over rows, in an order of each path
+        assert torch.equal(dense[name], view[name]), name
+        assert torch.equal(dense[name][3:4], alone[name]), name
+
+
 # --- State update: edges of tiles, alignment, layouts, slots
 
 DSTATES = [1, 7, 8, 12, 16, 24, 32, 48, 64, 96, 100, 128, 192, 256]
@@ -727,6 +744,14 @@ def test_a_hundred_thousand_tiny_decays(dstate, A, device):
     assert_close("out", out[0, :, 0].cpu(), (states * C[:, None, :]).sum(-1), TOLERANCES[F32][0])
 
 
+@pytest.mark.parametrize("dstate", [64, 128])
+def test_the_step_has_the_same_bits_in_every_layout(dstate, device):
+    tensors = inputs.state_update(dim=64, dstate=dstate, dtype=BF16, state=F32, device=device)
+    views = {name: inputs.strided(t) for name, t in tensors.items()}
+    assert torch.equal(oxiscan.selective_state_update(**tensors), oxiscan.selective_state_update(**views))
+    assert torch.equal(tensors["state"], views["state"])
+
+
 # --- Above 2^31 elements
 
 
@@ -797,28 +822,3 @@ SANITIZER = Path(__file__).with_name("sanitizer.py")
 def test_no_access_is_out_of_bounds():
     done = subprocess.run([sys.executable, SANITIZER, "memcheck"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.mark.parametrize("norm_before_gate", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("dim", [64, 2048])
-def test_the_norm_has_the_same_bits_in_every_layout(dim, bias, norm_before_gate, device):
-    tensors = inputs.rmsnorm_gated(9, dim, bias=bias, dtype=BF16, device=device)
-    gradient = inputs.normal(9, dim, dtype=BF16, device=device)
-    options = {"group_size": dim // 2, "norm_before_gate": norm_before_gate}
-    dense = run(oxiscan.rmsnorm_gated, tensors, options, [gradient])
-    strided = {name: inputs.strided(t) for name, t in tensors.items()}
-    view = run(oxiscan.rmsnorm_gated, strided, options, [inputs.strided(gradient)])
-    row = {name: t if name in ("weight", "bias") else t[3:4].clone() for name, t in tensors.items()}
-    alone = run(oxiscan.rmsnorm_gated, row, options, [gradient[3:4].clone()])
-    for name in ("out0", "dx", "dz"):  # gradients of parameters are sums over rows, in an order of each path
-        assert torch.equal(dense[name], view[name]), name
-        assert torch.equal(dense[name][3:4], alone[name]), name
-
-
-@pytest.mark.parametrize("dstate", [64, 128])
-def test_the_step_has_the_same_bits_in_every_layout(dstate, device):
-    tensors = inputs.state_update(dim=64, dstate=dstate, dtype=BF16, state=F32, device=device)
-    views = {name: inputs.strided(t) for name, t in tensors.items()}
-    assert torch.equal(oxiscan.selective_state_update(**tensors), oxiscan.selective_state_update(**views))
-    assert torch.equal(tensors["state"], views["state"])
