@@ -631,10 +631,30 @@ def test_state_update_without_heads(dim, dstate, device):
     compare_steps(inputs.state_update(**sizes, dtype=BF16, parameters=F32, state=F32, device=device))
 
 
-def test_state_update_of_many_sequences(device):
-    sizes = {"batch": 300, "nheads": 16, "dim": 64, "dstate": 128, "ngroups": 2, "slots": 301}
-    tensors = inputs.state_update(**sizes, dtype=BF16, parameters=F32, state=F32, device=device)
-    compare_steps(expanded(tensors))
+@pytest.mark.parametrize("decays", ["of a head", "of each element"])
+@pytest.mark.parametrize("parameters", [F32, BF16])
+@pytest.mark.parametrize("state", [F32, BF16])
+@pytest.mark.parametrize("dstate", [16, 128])
+def test_state_update_of_many_sequences(decays, parameters, state, dstate, device):
+    sizes = {"batch": 100, "nheads": 16, "dim": 64, "dstate": dstate, "ngroups": 2, "slots": 101}
+    tensors = inputs.state_update(**sizes, dtype=BF16, parameters=parameters, state=state, device=device)
+    compare_steps(expanded(tensors) if decays == "of a head" else tensors)
+
+
+def test_indices_that_the_kernel_before_writes(device):
+    """A step starts while that one may still run: it must not use what it read of them then."""
+    sizes = {"batch": 4, "dim": 64, "dstate": 128, "slots": 8}
+    tensors = inputs.state_update(**sizes, dtype=BF16, state=F32, device=device)
+    alone = tensors | {"state": tensors["state"].clone()}
+    generator = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(8, generator=generator)[:4].to(device) for _ in range(100)]
+    for order in orders:
+        tensors["state_batch_indices"].copy_(order)
+        oxiscan.selective_state_update(**tensors, dt_softplus=True)
+    for order in orders:
+        torch.cuda.synchronize(device)
+        oxiscan.selective_state_update(**alone | {"state_batch_indices": order}, dt_softplus=True)
+    assert torch.equal(tensors["state"], alone["state"])
 
 
 SENTINEL = 7.0
@@ -744,9 +764,12 @@ def test_a_hundred_thousand_tiny_decays(dstate, A, device):
     assert_close("out", out[0, :, 0].cpu(), (states * C[:, None, :]).sum(-1), TOLERANCES[F32][0])
 
 
+@pytest.mark.parametrize("batch", [3, 200])
+@pytest.mark.parametrize("parameters", [F32, BF16])
 @pytest.mark.parametrize("dstate", [64, 128])
-def test_the_step_has_the_same_bits_in_every_layout(dstate, device):
-    tensors = inputs.state_update(dim=64, dstate=dstate, dtype=BF16, state=F32, device=device)
+def test_the_step_has_the_same_bits_in_every_layout(batch, parameters, dstate, device):
+    sizes = {"batch": batch, "dim": 64, "dstate": dstate}
+    tensors = inputs.state_update(**sizes, dtype=BF16, parameters=parameters, state=F32, device=device)
     views = {name: inputs.strided(t) for name, t in tensors.items()}
     assert torch.equal(oxiscan.selective_state_update(**tensors), oxiscan.selective_state_update(**views))
     assert torch.equal(tensors["state"], views["state"])

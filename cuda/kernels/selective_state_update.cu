@@ -10,11 +10,13 @@
 // under way together, those of four as copies to shared memory, which take no registers, and B, C and, where A and dt do
 // not differ within a head, the decay serve all of them.
 //
-// Phases, without barriers: load the rows of the state; for each token load B, C, x, dt, step, sum state C over a row's
-// lanes by shuffles, store; store the rows, each of several as soon as it has its token. Nothing is read on the host: a
-// sequence of index -1 gets zeros, one of any other index outside the slots NaN, and neither touches a state.
+// Phases, without barriers: while earlier work still runs, have the rows of the state brought to the L2 cache; load them;
+// for each token load B, C, x, dt, step, sum state C over a row's lanes by shuffles, store; store the rows, each of several
+// as soon as it has its token. Nothing is read on the host: a sequence of index -1 gets zeros, one of any other index
+// outside the slots NaN, and neither touches a state.
 //
-// Shared memory: with four rows a thread its elements of them, 8 or 16 KB a block; each thread reads its own alone.
+// Shared memory: with four rows a thread its elements of them, 8 or 16 KB a block, and where A differs along a row and is
+// fp32, 4 KB of it for each row of a thread. Each thread reads its own alone.
 // fp32: everything between loads and stores; the state is rounded once a call.
 
 #include "async_copy.cuh"
@@ -38,9 +40,9 @@ constexpr bool kOneToken = kRows > 1;
 // is done.
 constexpr bool kThroughShared = kRows > 2;
 constexpr int kMaxWarps = 4;
-// For enough loads under way on a multiprocessor: as many blocks as there are registers for without spills.
+// For enough loads under way on a multiprocessor: as many blocks as all instances have registers for without spills.
 #if __CUDA_ARCH__ < 1000
-constexpr int kOneTokenBlocks = 5;
+constexpr int kOneTokenBlocks = sizeof(State) < 4 ? 5 : 4;
 #else
 constexpr int kOneTokenBlocks = 4;
 #endif
@@ -150,15 +152,33 @@ extern "C" __global__ void __launch_bounds__(kMaxWarps *kWarp, kBlocks) KERNEL(c
     return static_cast<Element *>(tensor.data)[offset];
   };
 
+  // Volatile, so that what is read before the wait is read again after it, from L2.
+  const auto read_slot = [&]() -> long long {
+    const long long at = b * p.indices_step;
+    if (p.indices == nullptr) return b;
+    if (p.indices_are_64_bit) return static_cast<const volatile long long *>(p.indices)[at];
+    return static_cast<const volatile int *>(p.indices)[at];
+  };
+  const auto states_of = [&](long long slot) { return static_cast<State *>(p.state.data) + slot * p.state.stride[0]; };
+
+  if constexpr (kDense && kStartsEarly) {
+    // An index that earlier work is yet to write costs no more than the wrong lines.
+    const long long slot = read_slot();
+    if (stores && slot >= 0 && slot < p.slots) {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+        for (int pack = 0; pack < kPacks; ++pack) {
+          prefetch_early(states_of(slot) + slot_rows[i] + first_of(pack, lane, p));
+        }
+      }
+    }
+  }
   wait_for_earlier_work();
   let_next_kernel_start();
   if (kDense && !stores) return;
 
-  long long slot = b;
-  if (p.indices != nullptr) {
-    const long long at = b * p.indices_step;
-    slot = p.indices_are_64_bit ? static_cast<const long long *>(p.indices)[at] : static_cast<const int *>(p.indices)[at];
-  }
+  const long long slot = read_slot();
   if (slot < 0 || slot >= p.slots) {
     const Element nothing = from_float<Element>(slot == -1 ? 0.0f : __int_as_float(0x7fffffff));
     for (int t = 0; t < p.seqlen; ++t) {
@@ -169,12 +189,10 @@ extern "C" __global__ void __launch_bounds__(kMaxWarps *kWarp, kBlocks) KERNEL(c
     return;
   }
 
-  State *states = static_cast<State *>(p.state.data) + slot * p.state.stride[0];
+  State *states = states_of(slot);
   // By row, pack, thread: each thread reads what it asked for, and waits for no other.
-  __shared__ uint4 arriving[kThroughShared ? kRows * kPacks * kMaxWarps * kWarp : 1];
-  const auto place = [&](int i, int pack) -> uint4 & {
-    return arriving[(i * kPacks + pack) * kMaxWarps * kWarp + threadIdx.x];
-  };
+  __shared__ uint4 arriving[kThroughShared ? kRows * kPacks : 1][kMaxWarps * kWarp];
+  const auto place = [&](int i, int pack) -> uint4 & { return arriving[i * kPacks + pack][threadIdx.x]; };
   float state[kRows][kHeld];
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
@@ -252,9 +270,12 @@ extern "C" __global__ void __launch_bounds__(kMaxWarps *kWarp, kBlocks) KERNEL(c
       }
       if constexpr (kOneToken) store(i);
     };
-    if constexpr (kThroughShared) wait_for_batches<0>();
+    const auto wait_for_state = [] {
+      if constexpr (kThroughShared) wait_for_batches<0>();
+    };
 
     if (one_A) {
+      wait_for_state();
       Decay decay(0.0f);
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
@@ -266,15 +287,20 @@ extern "C" __global__ void __launch_bounds__(kMaxWarps *kWarp, kBlocks) KERNEL(c
         finish(i);
       }
     } else {
+      // A is asked for one row ahead, since a load stays behind the stores of the rows before it.
       const auto step = [&](auto *data) {
+        const auto load_A = [&](int i) { return load_share(data + A_rows[i], p.A.stride[2], lane, p); };
+        auto A = load_A(0);
+        wait_for_state();
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
           if constexpr (kThroughShared) receive(i);
-          const auto A = load_share(data + A_rows[i], p.A.stride[2], lane, p);
+          const auto next_A = load_A(i + 1 < kRows ? i + 1 : i);
           const float dtx = dt[i] * x[i];
 #pragma unroll
           for (int j = 0; j < kHeld; ++j) state[i][j] = Decay(dt[i] * A[j]).apply(state[i][j], dtx * B[j]);
           finish(i);
+          A = next_A;
         }
       };
       // Parameters have the activations' dtype or fp32.

@@ -51,7 +51,8 @@ pub fn update(
     // even then, and what counts is how soon a thread is done.
     let fills =
         |choice: usize| dims.seqlen() == 1 && dims.dim.is_multiple_of(rows_at_once * ROWS[choice]);
-    let blocks_at_once = if stream.device.capability < (10, 0) { 5 } else { 4 };
+    let blocks_at_once =
+        if stream.device.capability < (10, 0) && state.dtype.size() < 4 { 5 } else { 4 };
     let at_once = blocks_at_once * stream.device.multiprocessors as usize;
     let choice = match dense {
         true if fills(3) && grid(3).0.iter().product::<usize>() > at_once => 3,
