@@ -28,6 +28,16 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+class Function(torch.autograd.Function):
+    """torch's, with `record`: its `apply` without the Python around torch's function transforms."""
+
+    record: Callable[..., Any]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.record = super(torch.autograd.Function, cls).apply  # type: ignore[misc]
+
+
 class _NoGraph:
     """Stands for an autograd function's context where nothing is recorded."""
 
@@ -35,17 +45,17 @@ class _NoGraph:
         """Keep nothing."""
 
 
-def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+def apply(function: type[Function], *arguments: Any) -> Any:
     """`function.apply(*arguments)` at less cost: that of torch is about two kernel launches.
 
-    Half of it is Python around torch's function transforms; where nothing requires a gradient all of it is left out.
+    `record` is half of it, and enough outside transforms; where nothing requires a gradient all of it is left out.
     """
     if is_compiling() or _transforms_active() or forward_ad._current_level >= 0:
         return function.apply(*arguments)
     if is_grad_enabled():
         for argument in arguments:
             if isinstance(argument, Tensor) and argument.requires_grad:
-                return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+                return function.record(*arguments)
     return function.forward(_NoGraph(), *arguments)
 
 

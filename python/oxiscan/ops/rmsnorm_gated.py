@@ -9,7 +9,7 @@ from oxiscan import reference
 from oxiscan._arguments import check_eps
 
 from . import _kernels
-from ._common import apply, empty_like, once_differentiable
+from ._common import Function, apply, empty_like, once_differentiable
 
 
 def norm_backward(
@@ -35,7 +35,7 @@ def norm_backward(
     _kernels.rmsnorm_gated_backward(tensors, options, dout, dx, dweight, dbias, dz, partials)
 
 
-class _RMSNormGated(torch.autograd.Function):
+class _RMSNormGated(Function):
     @staticmethod
     def forward(
         ctx: Any,
