@@ -2,9 +2,11 @@
 
 import ctypes
 import math
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +24,8 @@ Call = Callable[[], Any]
 FLUSH_BYTES = 256 * 2**20
 #: Below this a kernel is timed by replaying a graph of many.
 SHORT_US = 20.0
+#: How often the host's time is taken on a core before the next one: the first time there its caches are cold.
+LOOPS_A_CORE = 3
 
 
 class Effort(NamedTuple):
@@ -39,7 +43,7 @@ class Effort(NamedTuple):
         return max(5, min(self.calls, int(self.microseconds / us)))
 
 
-FULL = Effort(300_000, 100, 40, 100)
+FULL = Effort(300_000, 100, 48, 100)
 QUICK = Effort(50_000, 10, 5, 20)
 
 
@@ -196,20 +200,37 @@ def replay_us(prepare: Callable[[], Call], nbytes: int, device: torch.device, ef
     return median_us(graph.replay, device, effort) / (sets * rounds)
 
 
+@contextmanager
+def kept_affinity() -> Iterator[list[int]]:
+    """The cores that this thread may run on, which it may run on again at the end; none where a system does not say."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield []
+        return
+    cores = os.sched_getaffinity(0)
+    try:
+        yield sorted(cores)
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
 def host_us(call: Call, device: torch.device, effort: Effort) -> float:
     """How long the host is busy with a call, in the fastest of loops that do not wait for the GPU.
 
-    Not the median: whatever else runs on the machine only adds, on shared cores up to twice the time.
+    Not the median: whatever else runs on the machine only adds, on shared cores up to twice the time. With a GPU, where
+    a call keeps one thread busy, loops go round the cores: those that others leave alone change within seconds.
     """
     warm_us(call, device)
     samples = []
-    for _ in range(effort.host_loops):
+    with kept_affinity() as cores:
+        for loop in range(effort.host_loops):
+            if device.type == "cuda" and cores:
+                os.sched_setaffinity(0, {cores[loop // LOOPS_A_CORE % len(cores)]})
+            synchronize(device)
+            started = time.perf_counter()
+            for _ in range(effort.host_calls):
+                call()
+            samples.append((time.perf_counter() - started) / effort.host_calls * 1e6)
         synchronize(device)
-        started = time.perf_counter()
-        for _ in range(effort.host_calls):
-            call()
-        samples.append((time.perf_counter() - started) / effort.host_calls * 1e6)
-    synchronize(device)
     return min(samples)
 
 

@@ -1,6 +1,7 @@
 """benchmarks.run and benchmarks.report: what they write, refuse and show. No times are asserted."""
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -70,6 +71,22 @@ def test_host_times_come_first(tmp_path, monkeypatch):
     assert run.main(options) == 0
     count = len(written(tmp_path))
     assert count > 4 and timed == ["host"] * count + ["kernels"] * count
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system pins no threads")
+def test_host_times_of_a_gpu_are_taken_on_every_core(monkeypatch):
+    """One after the other, and afterwards the thread may run where it could before, also when a call fails."""
+    cores, used = os.sched_getaffinity(0), []
+    monkeypatch.setattr(timing, "synchronize", lambda device: None)
+    monkeypatch.setattr(timing, "warm_us", lambda call, device: None)
+    effort = timing.Effort(100, 5, timing.LOOPS_A_CORE * len(cores), 1)
+    us = timing.host_us(lambda: used.append(os.sched_getaffinity(0)), torch.device("cuda"), effort)
+    assert us > 0 and used == [{core} for core in sorted(cores) for _ in range(timing.LOOPS_A_CORE)]
+    assert os.sched_getaffinity(0) == cores
+
+    with pytest.raises(ZeroDivisionError):
+        timing.host_us(lambda: 1 / 0, torch.device("cuda"), effort)
+    assert os.sched_getaffinity(0) == cores
 
 
 @pytest.mark.parametrize("which, name", [("fwd", "out0"), ("bwd", "dweight")])
