@@ -43,7 +43,7 @@ class Effort(NamedTuple):
         return max(5, min(self.calls, int(self.microseconds / us)))
 
 
-FULL = Effort(300_000, 100, 48, 100)
+FULL = Effort(300_000, 100, 96, 50)
 QUICK = Effort(50_000, 10, 5, 20)
 
 
