@@ -349,7 +349,7 @@ def supported(cases, device):
 
 def recorded(device, monkeypatch):
     """Calls of all registered ops, one of each kind: kinds differ in the optional arguments that are given."""
-    monkeypatch.setattr(_kernels, "is_compiling", lambda: True)
+    monkeypatch.setattr(_kernels, "is_dynamo_compiling", lambda: True)
     with Record() as record:
         for op, make, options in supported(UPDATES, device):
             op(**make(batch=2, seqlen=3, dtype=torch.float32, device=device), **options)

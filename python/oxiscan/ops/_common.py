@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 _transforms_active = torch._C._are_functorch_transforms_active
 
@@ -50,7 +50,7 @@ def apply(function: type[Function], *arguments: Any) -> Any:
 
     `record` is half of it, and enough outside transforms; where nothing requires a gradient all of it is left out.
     """
-    if is_compiling() or _transforms_active() or forward_ad._current_level >= 0:
+    if is_dynamo_compiling() or _transforms_active() or forward_ad._current_level >= 0:
         return function.apply(*arguments)
     if is_grad_enabled():
         for argument in arguments:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.autograd.graph import increment_version
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from oxiscan import _C
 
@@ -88,15 +88,16 @@ def _register(kernel: _Kernel, *arguments: str | tuple[str, ...], in_place: tupl
     op = getattr(torch.ops.oxiscan, name).default
 
     def call(*values: Any) -> None:
-        if is_compiling() or (_dispatch_modes() and _traces()):
+        if is_dynamo_compiling() or (_dispatch_modes() and _traces()):
             # The kernel's own call records nothing for autograd either.
             with torch.no_grad():
                 op(*(value for group in values for value in (group if isinstance(group, tuple) else (group,))))
             return
         kernel(*values)
-        for i in updated:
-            if values[i] is not None:
-                increment_version(values[i])
+        if updated:
+            for i in updated:
+                if values[i] is not None:
+                    increment_version(values[i])
 
     return cast(_Kernel, call)
 
