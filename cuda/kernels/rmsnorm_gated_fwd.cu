@@ -24,8 +24,10 @@
 using namespace oxi;
 
 constexpr int kMaxWarps = 16;
+// So that an SM holds 28 warps: with more registers fewer loads are under way, with fewer the 32 words of x and z spill.
+constexpr int kRegisters = 72;
 
-extern "C" __global__ void __launch_bounds__(kMaxWarps *kWarp, 1) KERNEL(const __grid_constant__ OxiNormForward p) {
+extern "C" __global__ void __maxnreg__(kRegisters) KERNEL(const __grid_constant__ OxiNormForward p) {
   __shared__ float warp_sums[kMaxWarps];
 
   const int threads = p.warps * kWarp;
@@ -47,6 +49,9 @@ extern "C" __global__ void __launch_bounds__(kMaxWarps *kWarp, 1) KERNEL(const _
     x[i] = x_line.load(first, p.group_size, p.dense);
     if constexpr (kGated) z[i] = z_line.load(first, p.group_size, p.dense);
   };
+  // Where silu is part of v, v is kept, in the registers that x and z leave, instead of computed twice.
+  constexpr bool kKept = kOnChip && kGate == BEFORE;
+  float kept[kHeld][kWidth];
   const auto v = [&](int i, int j) { return kGate == BEFORE ? x[i][j] * silu(z[i][j]) : x[i][j]; };
 
   if constexpr (kOnChip) each_vector(thread, threads, p.group_size, load);
@@ -54,17 +59,21 @@ extern "C" __global__ void __launch_bounds__(kMaxWarps *kWarp, 1) KERNEL(const _
   each_vector(thread, threads, p.group_size, [&](int i, int first) {
     if constexpr (!kOnChip) load(i, first);
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) sum[0] = fmaf(v(i, j), v(i, j), sum[0]);
+    for (int j = 0; j < kWidth; ++j) {
+      const float value = v(i, j);
+      sum[0] = fmaf(value, value, sum[0]);
+      if constexpr (kKept) kept[i][j] = value;
+    }
   });
   block_sum(sum, p.warps, warp_sums);
   const float rstd = rsqrtf(sum[0] / p.group_size + p.eps);
 
   each_vector(thread, threads, p.group_size, [&](int i, int first) {
-    if constexpr (kOnChip) {
+    if constexpr (!kOnChip) {
+      load(i, first);
+    } else if constexpr (!kKept) {
       x[i].forget();
       if constexpr (kGated) z[i].forget();
-    } else {
-      load(i, first);
     }
     float weight[kWidth], bias[kWidth];
     load_parameter(p.weight, begin, first, p.group_size, p.dense, weight);
@@ -74,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(kMaxWarps *kWarp, 1) KERNEL(const _
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
       // Told which products to fuse, all instances give the same bits.
-      const float n = v(i, j) * rstd;
+      const float n = (kKept ? kept[i][j] : v(i, j)) * rstd;
       float value = biased ? fmaf(n, weight[j], bias[j]) : n * weight[j];
       if constexpr (kGate == AFTER) value *= silu(z[i][j]);
       out[j] = value;
