@@ -87,6 +87,8 @@ def _register(kernel: _Kernel, *arguments: str | tuple[str, ...], in_place: tupl
     torch.library.register_torch_dispatch(f"oxiscan::{name}", FunctionalTensorMode, _functionalize, lib=_library)
     op = getattr(torch.ops.oxiscan, name).default
 
+    # Every call pays for this. `is_compiling` and starting an empty loop would cost more; what the former says beyond
+    # dynamo, the modes say too.
     def call(*values: Any) -> None:
         if is_dynamo_compiling() or (_dispatch_modes() and _traces()):
             # The kernel's own call records nothing for autograd either.
