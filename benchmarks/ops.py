@@ -33,6 +33,7 @@ _TOKEN_LOOP = {"batch": 2, "seqlen": 300}
 OPS = {
     "rmsnorm_gated": Op(),
     "causal_conv1d_fn": Op(),
+    "causal_conv1d_update": Op(passes=("fwd",), written=("conv_state",), tiny={"batch": 1}),
     "mamba_chunk_scan_combined": Op(checked_at=_TOKEN_LOOP),
     "mamba_split_conv1d_scan_combined": Op(checked_at=_TOKEN_LOOP),
     "selective_scan_fn": Op(

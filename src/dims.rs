@@ -124,6 +124,29 @@ impl<'a> Checker<'a> {
         tensor.view_of(arg, shape)
     }
 
+    /// The workspace `partials`: what blocks add to the gradients of parameters, (blocks, parameters, dim).
+    #[cfg(feature = "cuda")]
+    pub fn workspace(
+        &self,
+        partials: Option<&TensorArg>,
+        parameters: usize,
+        dim: usize,
+    ) -> Result<View<3>> {
+        let arg = "partials";
+        let allowed = "(blocks, parameters, dim) with blocks >= 1, contiguous";
+        let Some(partials) = partials else {
+            return Err(Error::Value { arg, got: "None".into(), allowed: allowed.into() });
+        };
+        let blocks = partials.shape().first().copied().unwrap_or(0);
+        let shape = [("blocks", blocks), ("parameters", parameters), ("dim", dim)];
+        let view = self.accumulator(arg, partials, shape)?;
+        let (dim, parameters) = (dim as isize, parameters as isize);
+        if blocks == 0 || (dim > 0 && *view.strides() != [parameters * dim, dim, 1]) {
+            return Err(partials.wrong_shape(arg, allowed));
+        }
+        Ok(view)
+    }
+
     /// cu_seqlens (ndocs + 1,): its values are the backend's to check, where it can read them.
     pub fn cu_seqlens(&self, tensor: &TensorArg, batch: usize) -> Result<View<1>> {
         let size = tensor.view("cu_seqlens", ["ndocs + 1"])?.shape[0];

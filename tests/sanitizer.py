@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -113,8 +114,86 @@ def steps() -> Iterator[Call]:
     yield step("contiguous", None, False, nheads=None, ngroups=None, dim=130, dstate=16, dtype=BF16, parameters=F32)
 
 
+def conv(view: str, channel_last: bool, lengths: tuple[int, ...] | None = None, **sizes: Any) -> Call:
+    def call() -> None:
+        tensors = inputs.conv(**sizes, device=CPU)
+        shape = tensors["x"].shape
+        rows = shape[0]
+        if lengths is not None:
+            rows = len(lengths)
+            tensors["cu_seqlens"] = inputs.cu_seqlens(*lengths, device=CPU)
+            states = inputs.normal(rows, shape[1], sizes["width"] - 1, dtype=sizes["dtype"], device=CPU)
+            tensors["initial_states"] = states
+
+        def on_gpu_as_viewed(tensor: Tensor) -> Tensor:
+            if tensor.shape == shape and channel_last:
+                return on_gpu(VIEWS[view](tensor.transpose(1, 2).contiguous())).transpose(1, 2)
+            return on_gpu(VIEWS[view](tensor) if tensor.is_floating_point() else tensor)
+
+        arguments = {name: on_gpu_as_viewed(t) for name, t in tensors.items()}
+        leaves = [t.requires_grad_() for t in arguments.values() if t.is_floating_point()]
+        gradients = [
+            on_gpu_as_viewed(inputs.normal(*size, dtype=sizes["dtype"], device=CPU))
+            for size in (shape, (rows, shape[1], sizes["width"] - 1))
+        ]
+        outputs = oxiscan.causal_conv1d_fn(**arguments, return_final_states=True, activation="silu")
+        torch.autograd.grad(outputs, leaves, gradients)
+
+    return f"causal_conv1d_fn {view} {channel_last} {lengths} {sizes}", call
+
+
+def convs() -> Iterator[Call]:
+    layouts = (False, True)
+    for last, dtype, width, seq_idx in itertools.product(layouts, (F32, BF16, F16), (2, 4, 8), (False, True)):
+        sizes = {"dtype": dtype, "width": width, "seq_idx": seq_idx}
+        for dim, seqlen in ((1, 1), (7, 33), (64, 64), (130, 130), (256, 257), (24, 0)):
+            yield conv("contiguous", last, dim=dim, seqlen=seqlen, **sizes)
+        yield conv("contiguous", last, batch=1, dim=20, seqlen=2100, **sizes)
+    for last, view, dim, dtype in itertools.product(layouts, VIEWS, (64, 35), (F32, BF16)):
+        yield conv(view, last, dim=dim, seqlen=72, width=4, dtype=dtype)
+        yield conv(view, last, dim=dim, seqlen=71, width=4, dtype=dtype, seq_idx=True)
+    for last, lengths in itertools.product(layouts, ((0, 0), (1, 0, 2, 60), (0, 40, 30))):
+        yield conv("contiguous", last, lengths, batch=1, dim=36, seqlen=71 if sum(lengths) else 0, width=4, dtype=BF16)
+
+
+def conv_step(view: str, slots: list[int] | None, **sizes: Any) -> Call:
+    def call() -> None:
+        tensors = inputs.conv_update(**sizes, batch=3, device=CPU)
+        tensors = {name: VIEWS[view](t) if t.is_floating_point() else t for name, t in tensors.items()}
+        if slots is not None:
+            tensors["conv_state_indices"] = torch.tensor(slots)
+        oxiscan.causal_conv1d_update(**{name: on_gpu(t) for name, t in tensors.items()}, activation="silu")
+
+    return f"causal_conv1d_update {view} {slots} {sizes}", call
+
+
+def conv_steps() -> Iterator[Call]:
+    for dtype, state_len, seqlen, circular in itertools.product((F32, BF16), (4, 6), (None, 0, 5), (False, True)):
+        sizes = {"dtype": dtype, "state_len": state_len, "seqlen": seqlen, "circular": circular}
+        for slots in (None, [2, -1, 0], [3, -2, 2**40]):
+            yield conv_step("contiguous", slots, dim=130, intermediate=seqlen == 5, **sizes)
+    for view in VIEWS:
+        if view != "expanded":
+            yield conv_step(view, None, dim=36, state_len=4, dtype=BF16)
+
+
+def varlen_states() -> Iterator[Call]:
+    def call(lengths: tuple[int, ...], state_len: int, view: str) -> None:
+        x = on_gpu(VIEWS[view](inputs.normal(20, 37, dtype=BF16, device=CPU)))
+        oxiscan.causal_conv1d_varlen_states(x, on_gpu(inputs.cu_seqlens(*lengths, device=CPU)), state_len)
+
+    for lengths, state_len, view in itertools.product(((20,), (0, 3, 1, 16), (5, 90, -100)), (0, 3, 9), VIEWS):
+        yield f"causal_conv1d_varlen_states {lengths} {state_len} {view}", partial(call, lengths, state_len, view)
+
+
 #: By public op: its calls.
-CALLS: dict[str, Callable[[], Iterator[Call]]] = {"rmsnorm_gated": norms, "selective_state_update": steps}
+CALLS: dict[str, Callable[[], Iterator[Call]]] = {
+    "causal_conv1d_fn": convs,
+    "causal_conv1d_update": conv_steps,
+    "causal_conv1d_varlen_states": varlen_states,
+    "rmsnorm_gated": norms,
+    "selective_state_update": steps,
+}
 
 
 def make_calls() -> None:

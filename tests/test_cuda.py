@@ -23,6 +23,7 @@ from torch.autograd import DeviceType
 import oxiscan
 from oxiscan import _C, reference
 from oxiscan.testing import TOLERANCES, assert_close, compare, inputs, run
+from test_causal_conv1d_update import compare_update as compare_conv_update
 from test_selective_state_update import WRITTEN, compare_update
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -83,6 +84,33 @@ def state_update(**sizes):
     return make
 
 
+def conv(*, lengths=None, **sizes):
+    def make(*, device, seed):
+        tensors = inputs.conv(**sizes, device=device, seed=seed)
+        if lengths is not None:
+            tensors["cu_seqlens"] = inputs.cu_seqlens(*lengths, device=device)
+            tensors["initial_states"] = inputs.normal(
+                len(lengths), *tensors["initial_states"].shape[1:], dtype=sizes["dtype"], device=device
+            )
+        return tensors
+
+    return make
+
+
+def conv_update(**sizes):
+    def make(*, device, seed):
+        return inputs.conv_update(**sizes, device=device, seed=seed)
+
+    return make
+
+
+CONV: dict[str, Any] = {
+    "like": ("x", "initial_states"),
+    "forward": ("causal_conv1d_fwd",),
+    "backward": ("causal_conv1d_bwd", "causal_conv1d_bwd_parameters"),
+}
+CONV_OPTIONS = {"activation": "silu", "return_final_states": True}
+CONV_UPDATE: dict[str, Any] = {"written": ("conv_state",), "forward": ("causal_conv1d_update",)}
 NORM: dict[str, Any] = {
     "like": ("x",),
     "forward": ("rmsnorm_gated_fwd",),
@@ -91,6 +119,42 @@ NORM: dict[str, Any] = {
 UPDATE: dict[str, Any] = {"written": ("state",), "forward": ("selective_state_update",)}
 
 CASES = [
+    Case("conv", "causal_conv1d_fn", conv(batch=3, dim=300, seqlen=2500, dtype=BF16), CONV_OPTIONS, **CONV),
+    Case(
+        "conv_channel_last",
+        "causal_conv1d_fn",
+        conv(dim=320, seqlen=700, channel_last=True, dtype=BF16, parameters=F32),
+        CONV_OPTIONS,
+        **CONV,
+    ),
+    Case(
+        "conv_seq_idx",
+        "causal_conv1d_fn",
+        conv(dim=77, seqlen=500, width=5, channel_last=True, seq_idx=True, dtype=F32),
+        CONV_OPTIONS,
+        **CONV,
+    ),
+    Case(
+        "conv_cu_seqlens",
+        "causal_conv1d_fn",
+        conv(batch=1, dim=40, seqlen=1500, dtype=F16, lengths=(0, 3, 600, 0, 800)),
+        CONV_OPTIONS,
+        **CONV,
+    ),
+    Case(
+        "conv_update",
+        "causal_conv1d_update",
+        conv_update(batch=6, dim=1000, state_len=4, slots=9, dtype=BF16),
+        {"activation": "silu"},
+        **CONV_UPDATE,
+    ),
+    Case(
+        "conv_update_tokens",
+        "causal_conv1d_update",
+        conv_update(seqlen=4, state_len=5, slots=5, circular=True, intermediate=True, dtype=F32),
+        {"activation": "silu"},
+        **CONV_UPDATE | {"written": ("conv_state", "intermediate_conv_states")},
+    ),
     Case("norm", "rmsnorm_gated", norm(4, 70, 1024, dtype=F32), {"group_size": 256}, **NORM),
     Case(
         "norm_gate_first",
@@ -119,7 +183,9 @@ CASES = [
 BY_NAME = {case.name: case for case in CASES}
 EVERY = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 #: One for each op.
-ONE_EACH = pytest.mark.parametrize("case", [BY_NAME["norm"], BY_NAME["state_update"]], ids=lambda case: case.op)
+ONE_EACH = pytest.mark.parametrize(
+    "case", [BY_NAME[name] for name in ("conv", "conv_update", "norm", "state_update")], ids=lambda case: case.op
+)
 
 
 def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -330,6 +396,7 @@ def fork_then_use_cuda(name: str) -> None:
     if child == 0:
         try:
             results = case.results({n: t.to("cuda") for n, t in tensors.items()})
+            out = out[0] if isinstance(out, tuple) else out
             assert_close("out", results["out0"], out.to("cuda"), 2 * TOLERANCES[out.dtype][0])
             print("the same", flush=True)
             os._exit(0)
@@ -353,7 +420,8 @@ def test_launches(case, device):
     outputs = []
 
     def forward():
-        outputs.append(getattr(oxiscan, case.op)(**arguments, **case.options))
+        results = getattr(oxiscan, case.op)(**arguments, **case.options)
+        outputs.extend(results if isinstance(results, tuple) else [results])
 
     def backward():
         torch.autograd.grad(outputs, leaves, [t for n, t in tensors.items() if n.startswith("gradient")])
@@ -427,6 +495,152 @@ def test_a_state_that_is_too_wide_is_refused(device):
     with pytest.raises(NotImplementedError, match="^state: got dstate = 257; allowed: dstate <= 256 on cuda$"):
         oxiscan.selective_state_update(**tensors)
     assert torch.equal(tensors["state"], before)
+
+
+# --- Convolution: edges of tiles, alignment, layouts
+
+
+def compare_conv(tensors, gradients=None):
+    """Outputs and gradients beside the float64 reference's."""
+    gradients = gradients or [
+        torch.randn(shape, device="cpu").to(tensors["x"]) for shape in (tensors["x"].shape, conv_states(tensors))
+    ]
+    actual = run(oxiscan.causal_conv1d_fn, tensors, CONV_OPTIONS, gradients)
+    exact = {n: t.double() if t.is_floating_point() else t for n, t in tensors.items()}
+    expected = run(reference.causal_conv1d_fn, exact, CONV_OPTIONS, [g.double() for g in gradients])
+    for name, value in actual.items():
+        assert_close(name, value, expected[name], TOLERANCES[tensors["x"].dtype][not name.startswith("out")])
+    return actual
+
+
+def conv_states(tensors):
+    rows = tensors["cu_seqlens"].numel() - 1 if "cu_seqlens" in tensors else tensors["x"].shape[0]
+    return rows, tensors["x"].shape[1], tensors["weight"].shape[1] - 1
+
+
+LAYOUTS = pytest.mark.parametrize("channel_last", [False, True])
+
+
+@LAYOUTS
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("seqlen", [1, 7, 8, 9, 31, 32, 33, 255, 256, 257, 1023, 1024, 1025, 2048, 2049, 4100])
+@pytest.mark.parametrize("width", [4, 7])
+def test_conv_seqlen(channel_last, dtype, seqlen, width, device):
+    for dim, seq_idx in itertools.product((1, 24, 130), (False, True)):
+        sizes = {"dim": dim, "seqlen": seqlen, "width": width, "channel_last": channel_last, "seq_idx": seq_idx}
+        compare_conv(inputs.conv(**sizes, dtype=dtype, device=device))
+
+
+@LAYOUTS
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("dim", [1, 2, 3, 4, 8, 63, 64, 127, 128, 129, 255, 256, 257, 640, 1000])
+def test_conv_dim(channel_last, dtype, dim, device):
+    for batch, width in itertools.product((1, 5), (2, 4)):
+        sizes = {"batch": batch, "dim": dim, "seqlen": 70, "width": width, "channel_last": channel_last}
+        compare_conv(inputs.conv(**sizes, dtype=dtype, parameters=F32, device=device))
+
+
+@LAYOUTS
+def test_conv_of_many_sequences(channel_last, device):
+    compare_conv(inputs.conv(batch=3000, dim=9, seqlen=5, channel_last=channel_last, dtype=F32, device=device))
+
+
+@LAYOUTS
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize(("dim", "seqlen"), [(64, 96), (65, 97)])
+def test_conv_views(channel_last, dtype, dim, seqlen, device):
+    tensors = inputs.conv(dim=dim, seqlen=seqlen, channel_last=channel_last, seq_idx=True, dtype=dtype, device=device)
+    tensors["dout"] = inputs.normal(2, dim, seqlen, dtype=dtype, device=device)
+    tensors["dfinal_states"] = inputs.normal(2, dim, 3, dtype=dtype, device=device)
+
+    def viewed(t, view):
+        if t.dim() == 3 and t.shape[2] == seqlen and channel_last:
+            return view(t.transpose(1, 2).contiguous()).transpose(1, 2)
+        return view(t)
+
+    dense = None
+    for view in (lambda t: t, unaligned, odd_rows, part_of_a_projection, sequence_first, inputs.strided):
+        for changed in (("x",), ("dout",), tuple(tensors)):
+            views = {n: viewed(t, view) if n in changed and t.dim() == 3 else t for n, t in tensors.items()}
+            gradients = [views.pop("dout"), views.pop("dfinal_states")]
+            for seq_idx in (False, True):
+                arguments = {n: t for n, t in views.items() if seq_idx or n != "seq_idx"}
+                actual = compare_conv(arguments, gradients)
+            for name in ("dweight", "dbias"):  # sums over tokens, in an order of each path
+                actual.pop(name)
+            dense = dense or actual
+            assert_same_bits(actual, dense)
+
+
+@LAYOUTS
+def test_conv_expanded(channel_last, device):
+    tensors = inputs.conv(channel_last=channel_last, dtype=BF16, device=device)
+    one = [torch.ones(1, 1, 1, dtype=BF16, device=device).expand(shape) for shape in ((2, 70, 131), (2, 70, 3))]
+    compare_conv(tensors, one)
+    for name in ("x", "weight", "bias", "initial_states"):
+        t = tensors[name]
+        compare_conv(tensors | {name: t[(slice(1),) * t.dim()].expand_as(t)}, one)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("width", [2, 4, 8])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize(
+    "lengths", [(0,), (0, 0, 5), (1, 1, 1, 2, 0, 3), (2047, 1, 0, 2048, 7), (4096,), (300, 4, 4, 0, 1000)]
+)
+@pytest.mark.parametrize("padding", [0, 1, 9])
+def test_conv_documents(channel_last, width, dtype, lengths, padding, device):
+    seqlen = sum(lengths) + padding
+    sizes = {"batch": 1, "dim": 37, "seqlen": seqlen, "width": width, "channel_last": channel_last}
+    tensors = inputs.conv(**sizes, dtype=dtype, device=device)
+    tensors["cu_seqlens"] = inputs.cu_seqlens(*lengths, device=device)
+    one = tensors["initial_states"]
+    each = inputs.normal(len(lengths), 37, width - 1, dtype=dtype, device=device)
+    compare_conv(tensors | {"initial_states": one})
+    compare_conv(tensors | {"initial_states": each})
+    compare_conv(tensors | {"initial_states": each, "seq_idx": inputs.documents(1, seqlen, lowest=-1, device=device)})
+
+
+@LAYOUTS
+def test_cu_seqlens_that_make_no_sense_reach_nothing_else(channel_last, device):
+    sizes = {"batch": 1, "dim": 16, "seqlen": 100, "channel_last": channel_last}
+    tensors = inputs.conv(**sizes, optional=False, dtype=F32, device=device)
+    for bounds in ([5, 2, -7, 2**31 - 1], [0, 200, 50, 100], [-1, -1, -1, -1]):
+        tensors["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32, device=device)
+        run(oxiscan.causal_conv1d_fn, tensors, {"activation": "silu", "return_final_states": True})
+        oxiscan.causal_conv1d_varlen_states(tensors["x"][0].T, tensors["cu_seqlens"], 3)
+    torch.cuda.synchronize(device)
+
+
+# --- The convolution's steps: layouts, slots
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("parameters", [F32, None])
+@pytest.mark.parametrize("dim", [1, 31, 128, 129, 1000])
+def test_conv_update_of_one_token(dtype, parameters, dim, device):
+    for view in (lambda t: t, unaligned, odd_rows, inputs.strided):
+        for optional in (False, True):
+            sizes = {"dim": dim, "state_len": 4, "slots": 5, "optional": optional, "parameters": parameters}
+            tensors = inputs.conv_update(**sizes, dtype=dtype, device=device)
+            compare_conv_update({n: view(t) if t.is_floating_point() else t for n, t in tensors.items()})
+
+
+@pytest.mark.parametrize("indices", [torch.int32, torch.int64])
+@pytest.mark.parametrize("state_len", [4, 6])
+def test_conv_slots_outside_the_state_give_nan_and_touch_nothing(indices, state_len, device):
+    far = 2**31 - 1 if indices == torch.int32 else 2**40
+    slots = [1, -1, 4, -2, far, -far, 3]
+    tensors = inputs.conv_update(batch=7, state_len=state_len, slots=7, dtype=BF16, device=device)
+    tensors["conv_state"] = tensors["conv_state"][:4].clone()
+    tensors["conv_state_indices"] = torch.tensor(slots, dtype=indices, device=device)
+    before = tensors["conv_state"].clone()
+    out = oxiscan.causal_conv1d_update(**tensors)
+    assert out[[0, 6]].isfinite().all()
+    assert (out[1] == 0).all()
+    assert out[2:6].isnan().all()
+    assert torch.equal(tensors["conv_state"][[0, 2]], before[[0, 2]])
+    assert not torch.equal(tensors["conv_state"][[1, 3]], before[[1, 3]])
 
 
 # --- Norm: edges of tiles, alignment, layouts
@@ -813,6 +1027,39 @@ def test_above_2_31_elements_of_the_norm(norm_before_gate, device):
         assert_close(f"{name}'s last rows", actual[name][last], expected[name][-3:], TOLERANCES[BF16][name != "out0"])
         assert all(part.isfinite().all() for part in actual[name].split(2**18))
     assert_close("dweight", actual["dweight"], dweight, TOLERANCES[F32][1])
+
+
+@LAYOUTS
+def test_above_2_31_elements_of_the_convolution(channel_last, device):
+    needs_memory(30)
+    dim, seqlen, window = 1024, 2**21 + 9, 64
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (1, seqlen, dim) if channel_last else (1, dim, seqlen)
+    x, dout = (torch.randn(shape, dtype=BF16, device=device, generator=generator) for _ in range(2))
+    if channel_last:
+        x, dout = x.transpose(1, 2), dout.transpose(1, 2)
+    assert x.numel() > 2**31
+    weight = inputs.normal(dim, 4, scale=0.5, dtype=F32, device=device)
+    actual = run(oxiscan.causal_conv1d_fn, {"x": x, "weight": weight}, {"activation": "silu"}, [dout])
+    for begin in (0, 2**19 - 20, 2**20 + 12345, 2**21 - 30, seqlen - window):
+        part = {"x": x[..., begin : begin + window].double(), "weight": weight.double()}
+        expected = run(
+            reference.causal_conv1d_fn, part, {"activation": "silu"}, [dout[..., begin : begin + window].double()]
+        )
+        first = 3 if begin else 0  # what earlier tokens reach
+        last = window if begin + window == seqlen else window - 3
+        for name in ("out0", "dx"):
+            inside = slice(2 * first, last)
+            value = actual[name][..., begin : begin + window][..., inside]
+            assert_close(f"{name} from {begin}", value, expected[name][..., inside], TOLERANCES[BF16][name == "dx"])
+    total = torch.zeros(dim, 4, dtype=torch.float64, device=device)
+    for begin in range(0, seqlen, 2**15):
+        low = max(begin - 3, 0)
+        part = {"x": x[..., low : begin + 2**15].double(), "weight": weight.double()}
+        gradient = dout[..., low : begin + 2**15].double()
+        gradient[..., : begin - low] = 0
+        total += run(reference.causal_conv1d_fn, part, {"activation": "silu"}, [gradient])["dweight"]
+    assert_close("dweight", actual["dweight"], total, TOLERANCES[F32][1])
 
 
 def test_above_2_31_elements_of_a_state(device):

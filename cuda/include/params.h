@@ -143,3 +143,112 @@ struct OxiStateUpdate {
   int indices_are_64_bit;
   int reserved;
 };
+
+/* Bits of `dense`: tensors whose lines move in packs, along channels or along tokens, and weight by rows of taps. */
+enum {
+  OXI_CONV_X = 1,
+  OXI_CONV_OUT = 2,
+  OXI_CONV_DOUT = 4,
+  OXI_CONV_DX = 8,
+  OXI_CONV_WEIGHT = 16,
+};
+
+enum {
+  OXI_MAX_CONV_WIDTH = 8,
+  /* Tokens of a span where documents are marked. */
+  OXI_MAX_MARKED_TOKENS = 2048,
+};
+
+/* bias, states, seq_idx, cu_seqlens: data null where not given. States (rows, dim, width - 1). */
+struct OxiConv {
+  int dim;
+  int width;
+  int seqlen;
+  /* Of cu_seqlens; without it 1. */
+  int ndocs;
+  int silu;
+  int dense;
+  /* Whether these are fp32, otherwise of x's dtype. */
+  int wide_weight;
+  int wide_initial_states;
+  /* With cu_seqlens: initial states are each document's, otherwise the first one's. */
+  int state_a_document;
+  /* Blocks that share the channels of a span; tokens of a span; spans of a sequence, of all sequences. */
+  int channel_blocks;
+  int tokens;
+  int spans_of_sequence;
+  long long spans;
+  struct OxiTensor3 x;   /* batch, dim, seqlen */
+  struct OxiTensor3 out; /* batch, dim, seqlen */
+  struct OxiTensor2 weight;
+  struct OxiVector bias;
+  struct OxiTensor3 initial_states;
+  struct OxiTensor3 final_states;
+  const int *seq_idx;
+  long long seq_idx_stride[2];
+  const void *cu_seqlens;
+  long long cu_seqlens_step;
+  int cu_seqlens_are_64_bit;
+  int reserved;
+};
+
+/* partials: (blocks of spans, width + 1, dim), what each adds to dweight (a tap a row), then to dbias. Of `conv` out and
+ * final_states are not used. */
+struct OxiConvBackward {
+  struct OxiConv conv;
+  struct OxiTensor3 dout; /* null: there is none */
+  struct OxiTensor3 dx;
+  struct OxiTensor3 dfinal_states;
+  struct OxiTensor3 dinitial_states;
+  float *partials;
+  int span_blocks;
+  int reserved;
+};
+
+/* dbias.data: null where there is no bias. */
+struct OxiConvParameters {
+  const float *partials;
+  struct OxiTensor2 dweight; /* dim, width */
+  struct OxiVector dbias;
+  int blocks;
+  int dim;
+  int width;
+  int dweight_dtype;
+};
+
+/* As OxiConv; indices as in OxiStateUpdate. */
+struct OxiConvUpdate {
+  int dim;
+  int width;
+  int seqlen;
+  int state_len;
+  int silu;
+  int wide_weight;
+  int channel_blocks;
+  int indices_are_64_bit;
+  int cache_seqlens_are_64_bit;
+  int batch;
+  long long slots;
+  const void *indices;
+  long long indices_step;
+  const void *cache_seqlens;
+  long long cache_seqlens_step;
+  struct OxiTensor3 state; /* slots, dim, state_len */
+  struct OxiTensor3 x;     /* batch, dim, seqlen */
+  struct OxiTensor3 out;
+  struct OxiTensor2 weight;
+  struct OxiVector bias;
+  struct OxiTensor4 intermediate; /* slots, seqlen, dim, state_len */
+};
+
+struct OxiVarlenStates {
+  int dim;
+  int state_len;
+  int channel_blocks;
+  int cu_seqlens_are_64_bit;
+  long long total_tokens;
+  const void *cu_seqlens;
+  long long cu_seqlens_step;
+  struct OxiTensor2 x;      /* total_tokens, dim */
+  struct OxiTensor3 states; /* ndocs, dim, state_len */
+};

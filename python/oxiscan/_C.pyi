@@ -92,6 +92,7 @@ def causal_conv1d_backward(
     dweight: Tensor,
     dbias: Tensor | None,
     dinitial_states: Tensor | None,
+    partials: Tensor | None,
 ) -> None: ...
 def causal_conv1d_update(
     x: Tensor,

@@ -1,5 +1,7 @@
 //! The CUDA backend: one file per op, kernels compiled by the build script and launched on torch's current stream.
 
+pub mod causal_conv1d;
+pub mod causal_conv1d_update;
 #[allow(dead_code)] // the build script uses the rest
 mod instances;
 pub mod launch;
@@ -10,4 +12,10 @@ mod rows;
 pub mod selective_state_update;
 
 /// The ops that have CUDA kernels, by the names of `oxiscan`'s functions.
-pub const OPS: [&str; 2] = ["rmsnorm_gated", "selective_state_update"];
+pub const OPS: [&str; 5] = [
+    "causal_conv1d_fn",
+    "causal_conv1d_update",
+    "causal_conv1d_varlen_states",
+    "rmsnorm_gated",
+    "selective_state_update",
+];

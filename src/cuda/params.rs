@@ -18,6 +18,26 @@ pub trait Params: Copy {
     const KERNEL: &'static Kernel;
 }
 
+impl Params for OxiConv {
+    const KERNEL: &'static Kernel = &KERNELS[named("causal_conv1d_fwd")];
+}
+
+impl Params for OxiConvBackward {
+    const KERNEL: &'static Kernel = &KERNELS[named("causal_conv1d_bwd")];
+}
+
+impl Params for OxiConvParameters {
+    const KERNEL: &'static Kernel = &KERNELS[named("causal_conv1d_bwd_parameters")];
+}
+
+impl Params for OxiConvUpdate {
+    const KERNEL: &'static Kernel = &KERNELS[named("causal_conv1d_update")];
+}
+
+impl Params for OxiVarlenStates {
+    const KERNEL: &'static Kernel = &KERNELS[named("causal_conv1d_varlen_states")];
+}
+
 impl Params for OxiNormForward {
     const KERNEL: &'static Kernel = &KERNELS[named("rmsnorm_gated_fwd")];
 }

@@ -3,11 +3,13 @@
 use pyo3::prelude::*;
 
 use crate::cpu;
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::dims::{Checker, ConvDims, document_rows, initial_rows, optional};
 use crate::error::Result;
 use crate::ops::with_accumulator;
 use crate::tensor::{TensorArg, View};
-use crate::torch::run_on_cpu;
+use crate::torch::{Backend, run};
 
 /// x, weight; bias, seq_idx, cu_seqlens, initial_states where given.
 type ConvTensors = (
@@ -75,22 +77,35 @@ pub fn causal_conv1d_forward(
     out: TensorArg,
     final_states: Option<TensorArg>,
 ) -> PyResult<()> {
-    run_on_cpu(py, "causal_conv1d_fn", "x", &tensors.0, |threads| {
+    run(py, "x", &tensors.0, |backend| {
         let check = Checker::new("x", &tensors.0)?;
         let inputs = ConvInputs::new(&check, &tensors, silu)?;
         let out = check.same("out", &out, inputs.dims.x())?;
         let final_states = optional(&final_states, |states| {
             check.same("final_states", states, inputs.final_states())
         })?;
-        cpu::pool::install(threads, || {
-            with_accumulator!(check.dtype, T => {
-                cpu::causal_conv1d::forward::<T>(&inputs, &out, final_states.as_ref())
-            })
-        })?
+        match backend {
+            Backend::Cpu { threads } => cpu::pool::install(threads, || {
+                with_accumulator!(check.dtype, T => {
+                    cpu::causal_conv1d::forward::<T>(&inputs, &out, final_states.as_ref())
+                })
+            })?,
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(stream) => cuda::causal_conv1d::forward(
+                &stream,
+                check.dtype,
+                &inputs,
+                &out,
+                final_states.as_ref(),
+            ),
+        }
     })
 }
 
 /// Every gradient tensor that is given is written; those of optional arguments go with their arguments.
+///
+/// partials: on CUDA the workspace of the parameters' gradients, (blocks, width + 1, dim) float32 and contiguous, for at
+/// most that many blocks of tokens, at least one.
 #[pyfunction]
 pub fn causal_conv1d_backward(
     py: Python<'_>,
@@ -102,8 +117,9 @@ pub fn causal_conv1d_backward(
     dweight: TensorArg,
     dbias: Option<TensorArg>,
     dinitial_states: Option<TensorArg>,
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables))] partials: Option<TensorArg>,
 ) -> PyResult<()> {
-    run_on_cpu(py, "causal_conv1d_fn", "x", &tensors.0, |threads| {
+    run(py, "x", &tensors.0, |backend| {
         let check = Checker::new("x", &tensors.0)?;
         let inputs = ConvInputs::new(&check, &tensors, silu)?;
         let dims = inputs.dims;
@@ -120,10 +136,17 @@ pub fn causal_conv1d_backward(
                 check.same_or_f32("dinitial_states", states, dims.states(rows))
             })?,
         };
-        cpu::pool::install(threads, || {
-            with_accumulator!(check.dtype, T => {
-                cpu::causal_conv1d::backward::<T>(&inputs, &gradients)
-            })
-        })?
+        match backend {
+            Backend::Cpu { threads } => cpu::pool::install(threads, || {
+                with_accumulator!(check.dtype, T => {
+                    cpu::causal_conv1d::backward::<T>(&inputs, &gradients)
+                })
+            })?,
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(stream) => {
+                let partials = check.workspace(partials.as_ref(), dims.width + 1, dims.dim)?;
+                cuda::causal_conv1d::backward(&stream, check.dtype, &inputs, &gradients, &partials)
+            }
+        }
     })
 }

@@ -4,10 +4,12 @@ use pyo3::prelude::*;
 
 use crate::cpu;
 use crate::cpu::slots::Slots;
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::dims::{Checker, ConvUpdateDims, optional};
 use crate::ops::with_accumulator;
 use crate::tensor::{TensorArg, View};
-use crate::torch::run_on_cpu;
+use crate::torch::{Backend, run};
 
 /// Where x is one token without an axis for it, x and out have an axis of one element.
 pub struct ConvUpdateInputs {
@@ -35,7 +37,7 @@ pub fn causal_conv1d_update(
     intermediate_conv_states: Option<TensorArg>,
     out: TensorArg,
 ) -> PyResult<()> {
-    run_on_cpu(py, "causal_conv1d_update", "x", &x, |threads| {
+    run(py, "x", &x, |backend| {
         let check = Checker::new("x", &x)?;
         let dims = ConvUpdateDims::new(&x, &conv_state, &weight, conv_state_indices.is_some())?;
         conv_state.expect_writable("conv_state")?;
@@ -62,16 +64,28 @@ pub fn causal_conv1d_update(
         let indices = optional(&conv_state_indices, |indices| {
             check.integer("conv_state_indices", indices, dims.rows())
         })?;
-        let (batch, count) = (dims.batch, dims.slots());
-        let slots = Slots::new("conv_state_indices", indices.as_ref(), batch, count)?;
-        let positions = cache_seqlens
-            .map(|seqlens| cpu::causal_conv1d_update::positions(&seqlens, &slots, dims.state_len))
-            .transpose()?;
-        cpu::pool::install(threads, || {
-            with_accumulator!(check.dtype, T => {
-                cpu::causal_conv1d_update::update::<T>(&inputs, &slots, positions.as_deref());
-            });
-        })
+        match backend {
+            Backend::Cpu { threads } => {
+                let (batch, count) = (dims.batch, dims.slots());
+                let slots = Slots::new("conv_state_indices", indices.as_ref(), batch, count)?;
+                let positions = cache_seqlens
+                    .map(|seen| cpu::causal_conv1d_update::positions(&seen, &slots, dims.state_len))
+                    .transpose()?;
+                cpu::pool::install(threads, || {
+                    with_accumulator!(check.dtype, T => {
+                        cpu::causal_conv1d_update::update::<T>(&inputs, &slots, positions.as_deref());
+                    });
+                })
+            }
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(stream) => cuda::causal_conv1d_update::update(
+                &stream,
+                check.dtype,
+                &inputs,
+                indices.as_ref(),
+                cache_seqlens.as_ref(),
+            ),
+        }
     })
 }
 
@@ -83,7 +97,7 @@ pub fn causal_conv1d_varlen_states(
     cu_seqlens: TensorArg,
     states: TensorArg,
 ) -> PyResult<()> {
-    run_on_cpu(py, "causal_conv1d_varlen_states", "x", &x, |threads| {
+    run(py, "x", &x, |backend| {
         let check = Checker::new("x", &x)?;
         let x = x.view("x", ["total_tokens", "dim"])?;
         let cu_seqlens = check.cu_seqlens(&cu_seqlens, 1)?;
@@ -91,11 +105,23 @@ pub fn causal_conv1d_varlen_states(
         let ndocs = cu_seqlens.shape[0] - 1;
         let shape = [("ndocs", ndocs), ("dim", x.shape[1]), ("state_len", state_len)];
         let states = check.same("states", &states, shape)?;
-        let bounds = cpu::documents::bounds("cu_seqlens", &cu_seqlens, x.shape[0])?;
-        cpu::pool::install(threads, || {
-            with_accumulator!(check.dtype, T => {
-                cpu::causal_conv1d_update::varlen_states::<T>(&x, &bounds, &states);
-            });
-        })
+        match backend {
+            Backend::Cpu { threads } => {
+                let bounds = cpu::documents::bounds("cu_seqlens", &cu_seqlens, x.shape[0])?;
+                cpu::pool::install(threads, || {
+                    with_accumulator!(check.dtype, T => {
+                        cpu::causal_conv1d_update::varlen_states::<T>(&x, &bounds, &states);
+                    });
+                })
+            }
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(stream) => cuda::causal_conv1d_update::varlen_states(
+                &stream,
+                check.dtype,
+                &x,
+                &cu_seqlens,
+                &states,
+            ),
+        }
     })
 }

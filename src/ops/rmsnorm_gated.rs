@@ -121,7 +121,8 @@ pub fn rmsnorm_gated_backward(
             }),
             #[cfg(feature = "cuda")]
             Backend::Cuda(stream) => {
-                let partials = workspace(&check, partials.as_ref(), &inputs)?;
+                let parameters = if inputs.bias.is_some() { 2 } else { 1 };
+                let partials = check.workspace(partials.as_ref(), parameters, dims.dim)?;
                 cuda::rmsnorm_gated::backward(&stream, check.dtype, &inputs, &gradients, &partials)
             }
         }
@@ -141,26 +142,4 @@ fn expect_both(
     let got = if given { "None" } else { "a tensor" };
     let allowed = format!("a tensor where {of} is given, None where it is not");
     Err(Error::Value { arg, got: got.into(), allowed })
-}
-
-#[cfg(feature = "cuda")]
-fn workspace(
-    check: &Checker,
-    partials: Option<&TensorArg>,
-    inputs: &NormInputs,
-) -> Result<View<3>> {
-    let (arg, dim) = ("partials", inputs.dims.dim);
-    let allowed = "(blocks, parameters, dim) with blocks >= 1, contiguous";
-    let Some(partials) = partials else {
-        return Err(Error::Value { arg, got: "None".into(), allowed: allowed.into() });
-    };
-    let parameters = if inputs.bias.is_some() { 2 } else { 1 };
-    let blocks = partials.shape().first().copied().unwrap_or(0);
-    let shape = [("blocks", blocks), ("parameters", parameters), ("dim", dim)];
-    let view = check.accumulator(arg, partials, shape)?;
-    let (dim, parameters) = (dim as isize, parameters as isize);
-    if blocks == 0 || *view.strides() != [parameters * dim, dim, 1] {
-        return Err(partials.wrong_shape(arg, allowed));
-    }
-    Ok(view)
 }

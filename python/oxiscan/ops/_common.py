@@ -44,6 +44,9 @@ class _NoGraph:
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         """Keep nothing."""
 
+    def set_materialize_grads(self, value: bool) -> None:
+        """Nobody asks for gradients."""
+
 
 def apply(function: type[Function], *arguments: Any) -> Any:
     """`function.apply(*arguments)` at less cost: that of torch is about two kernel launches.

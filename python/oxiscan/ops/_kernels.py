@@ -126,6 +126,7 @@ causal_conv1d_backward = _register(
     "Tensor(dweight!) dweight",
     "Tensor(dbias!)? dbias",
     "Tensor(dinitial_states!)? dinitial_states",
+    "Tensor(partials!)? partials",
 )
 causal_conv1d_update = _register(
     _C.causal_conv1d_update,

@@ -8,10 +8,33 @@ from torch import Tensor
 from oxiscan._arguments import check, is_silu, ndocs, sizes
 
 from . import _kernels
-from ._common import empty_like, once_differentiable
+from ._common import Function, apply, empty_like, once_differentiable
 
 
-class _CausalConv1d(torch.autograd.Function):
+def conv_backward(
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    silu: bool,
+    dout: Tensor | None,
+    dfinal_states: Tensor | None,
+    dx: Tensor,
+    dweight: Tensor,
+    dbias: Tensor | None,
+    dinitial_states: Tensor | None,
+) -> None:
+    """The kernel, with its workspace on CUDA: the parts of dweight and dbias that blocks of tokens add.
+
+    At most 1024 blocks and, where a row of it is not longer by itself, 16 MB.
+    """
+    x, partials = tensors[0], None
+    if x.is_cuda:
+        batch, dim, seqlen = x.shape
+        rows = tensors[1].shape[1] + 1
+        blocks = max(min(batch * (seqlen // 32 + 1), 1024, 2**22 // max(rows * dim, 1)), 1)
+        partials = torch.empty(blocks, rows, dim, dtype=torch.float32, device=x.device)
+    _kernels.causal_conv1d_backward(tensors, silu, dout, dfinal_states, dx, dweight, dbias, dinitial_states, partials)
+
+
+class _CausalConv1d(Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -44,7 +67,7 @@ class _CausalConv1d(torch.autograd.Function):
         x, weight, bias, _, _, initial_states = tensors
         dx, dweight = torch.empty_like(x), torch.empty_like(weight)
         dbias, dinitial_states = empty_like(bias), empty_like(initial_states)
-        _kernels.causal_conv1d_backward(tensors, ctx.silu, dout, dfinal_states, dx, dweight, dbias, dinitial_states)
+        conv_backward(tensors, ctx.silu, dout, dfinal_states, dx, dweight, dbias, dinitial_states)
         return dx, dweight, dbias, None, None, dinitial_states, None, None
 
 
@@ -98,8 +121,9 @@ def causal_conv1d_fn(
             for size, stride in zip(final_states_out.shape, final_states_out.stride(), strict=True)
         ):
             raise ValueError("final_states_out: got an expanded tensor; allowed: one with an element for each value")
-    out, final_states = _CausalConv1d.apply(
-        x, weight, bias, seq_idx, cu_seqlens, initial_states, is_silu(activation), return_final_states
+    silu = is_silu(activation)
+    out, final_states = apply(
+        _CausalConv1d, x, weight, bias, seq_idx, cu_seqlens, initial_states, silu, return_final_states
     )
     if not return_final_states:
         return out

@@ -23,6 +23,7 @@ from oxiscan._arguments import (
 
 from . import _kernels
 from ._common import empty_like, once_differentiable, results
+from .causal_conv1d import conv_backward
 from .rmsnorm_gated import norm_backward
 
 
@@ -184,7 +185,7 @@ class _SplitConv1dScan(torch.autograd.Function):
 
         dconv1d_weight, dconv1d_bias = torch.empty_like(conv1d_weight), empty_like(conv1d_bias)
         dinitial_conv_states = empty_like(initial_conv_states)
-        _kernels.causal_conv1d_backward(
+        conv_backward(
             conv_tensors,
             options.silu,
             dconv.transpose(1, 2),

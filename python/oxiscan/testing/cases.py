@@ -105,6 +105,20 @@ def _step(name: str, make: Callable[..., dict[str, Tensor]], *batches: int, **si
     ]
 
 
+def _conv_step(name: str, *batches: int, **sizes: Any) -> list[Case]:
+    """The decode step of the convolution, on a state of `width` inputs, as decoders keep it."""
+    return [
+        Case(
+            f"{name}/conv_update_batch{batch}",
+            "causal_conv1d_update",
+            inputs.conv_update,
+            sizes | {"batch": batch, "state_len": 4},
+            {"activation": "silu"},
+        )
+        for batch in batches
+    ]
+
+
 _CASES = [
     # Small ones, for tests against the reference.
     *_mamba2("small", batch=2, seqlen=75, nheads=4, headdim=8, ngroups=2, dstate=12, chunk_size=32),
@@ -123,6 +137,7 @@ _CASES = [
     *_mamba1("mamba1_2p8b", batch=8, seqlen=2048, dim=5120, dstate=16),
     # Decoding: the 8B hybrid on one GPU, Mamba 2.8B.
     *_step("decode8b", _mamba2_step, 1, 8, 64, 256, nheads=128, headdim=64, ngroups=8, dstate=128),
+    *_conv_step("decode8b", 1, 64, 256, dim=10240),
     *_step("mamba1_2p8b", _mamba1_step, 64, dim=5120, dstate=16),
 ]
 

@@ -1,0 +1,317 @@
+// What the convolution's forward and backward share: which thread owns what, where documents begin, parameters, states.
+//
+// A block owns a span of tokens of one sequence (of each of several, one after the other) and some channels:
+//
+//   LAYOUT = LAST, channels are neighbours in memory: a thread has kChannels neighbouring channels and walks the span token
+//   by token, with the inputs before the present one in registers. Every input is loaded once, but for a halo.
+//   LAYOUT = FIRST, tokens are neighbours, or nothing is: a warp has a channel, a thread of it kSpan neighbouring tokens,
+//   then those that the warp's next step brings. Their neighbours are loaded once more, from L1.
+//
+// Each tensor's accesses are of up to 16 bytes where its lines are dense and aligned (a bit of `dense`), otherwise element
+// by element. Sums are taken in the same order in every case, so results have the same bits.
+//
+// With DOCUMENTS a block first finds where runs begin among its tokens, a bit for each in shared memory, and which ids are
+// negative. Nothing is trusted of cu_seqlens but the number of its elements: values are only compared with positions.
+#pragma once
+
+// LAYOUT: macros, so that each instance compiles its own walk alone.
+#define LAST 0
+#define FIRST 1
+
+#include "dependent_launch.cuh"
+#include "dtype.cuh"
+#include "math.cuh"
+#include "params.h"
+#include "reduce.cuh"
+
+namespace oxi {
+
+using Element = ELEMENT;
+
+constexpr bool kAlongTokens = LAYOUT == FIRST;
+constexpr bool kPacked = DOCUMENTS;
+
+// Taps: exactly WIDTH, or where that is the widest, at most; the first ones are then none.
+constexpr int kTaps = WIDTH;
+constexpr int kHistory = kTaps - 1;
+constexpr bool kExact = kTaps < OXI_MAX_CONV_WIDTH;
+__device__ __forceinline__ int missing_taps(const OxiConv &p) { return kExact ? 0 : kTaps - p.width; }
+
+// Along channels a thread's channels: as many as leave registers for loads under way.
+constexpr int kChannels = kAlongTokens ? 1 : kExact ? 8 / sizeof(Element) : 2;
+// Tokens of a thread along tokens, and as many of them as a halo takes.
+constexpr int kSpan = kVector<Element>;
+constexpr int kHalo = (kHistory + kSpan - 1) / kSpan * kSpan;
+
+__device__ __forceinline__ const Element *line(const OxiTensor3 &tensor, long long b, int channel) {
+  return static_cast<const Element *>(tensor.data) + b * tensor.stride[0] + channel * tensor.stride[1];
+}
+__device__ __forceinline__ Element *line_to_write(const OxiTensor3 &tensor, long long b, int channel) {
+  return const_cast<Element *>(line(tensor, b, channel));
+}
+
+// An element of a tensor of x's dtype or fp32.
+__device__ __forceinline__ float either(const void *data, long long offset, bool wide) {
+  return wide ? static_cast<const float *>(data)[offset] : to_float(static_cast<const Element *>(data)[offset]);
+}
+
+// Parameters of a thread's channels, 0 for taps and channels that there are not.
+struct Filter {
+  float weight[kTaps][kChannels];
+  float bias[kChannels];
+
+  __device__ __forceinline__ Filter(const OxiConv &p, int channel) {
+    if (p.wide_weight) {
+      load_weight(p, static_cast<const float *>(p.weight.data), channel);
+    } else {
+      load_weight(p, static_cast<const Element *>(p.weight.data), channel);
+    }
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      const bool has = p.bias.data != nullptr && channel + c < p.dim;
+      bias[c] = has ? either(p.bias.data, (channel + c) * p.bias.step, p.bias.dtype == OXI_F32) : 0.0f;
+    }
+  }
+
+  template <typename T>
+  __device__ __forceinline__ void load_weight(const OxiConv &p, const T *data, int channel) {
+    const int missing = missing_taps(p);
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      const T *row = data + (channel + c) * p.weight.stride[0];
+      if (kExact && p.dense & OXI_CONV_WEIGHT && channel + c < p.dim) {
+        if constexpr (kExact) {
+          const auto pack = *reinterpret_cast<const Pack<T, kTaps> *>(row);
+#pragma unroll
+          for (int k = 0; k < kTaps; ++k) weight[k][c] = pack[k];
+        }
+      } else {
+#pragma unroll
+        for (int k = 0; k < kTaps; ++k) {
+          const bool has = k >= missing && channel + c < p.dim;
+          weight[k][c] = has ? to_float(row[(k - missing) * p.weight.stride[1]]) : 0.0f;
+        }
+      }
+    }
+  }
+
+  // The sum over taps before a token (`before`, oldest first) and its own.
+  template <typename Before>
+  __device__ __forceinline__ float convolve(const OxiConv &p, int c, Before before, float own) const {
+    float sum = bias[c];
+#pragma unroll
+    for (int k = 0; k < kHistory; ++k) {
+      // A tap that there is not adds nothing, whatever lies there.
+      if (kExact || k >= missing_taps(p)) sum = fmaf(weight[k][c], before(k), sum);
+    }
+    return fmaf(weight[kHistory][c], own, sum);
+  }
+};
+
+// The gradient of silu.
+__device__ __forceinline__ float silu_grad(float x) {
+  const float sig = sigmoid(x);
+  return sig * fmaf(x, 1.0f - sig, 1.0f);
+}
+
+// Where document i begins, i up to ndocs.
+__device__ __forceinline__ long long document_bound(const OxiConv &p, int i) {
+  if (p.cu_seqlens == nullptr) return i == 0 ? 0 : p.seqlen;
+  const long long offset = i * p.cu_seqlens_step;
+  return p.cu_seqlens_are_64_bit ? static_cast<const long long *>(p.cu_seqlens)[offset]
+                                 : static_cast<const int *>(p.cu_seqlens)[offset];
+}
+
+// The first document that ends at or after a position; ndocs if none does.
+__device__ __forceinline__ int first_to_end(const OxiConv &p, long long position) {
+  int low = 0, high = p.ndocs;
+  while (low < high) {
+    const int middle = low + (high - low) / 2;
+    if (document_bound(p, middle + 1) >= position) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return low;
+}
+
+// The document whose first token this is; -1 if there is none.
+__device__ __forceinline__ int document_from(const OxiConv &p, int t) {
+  const int document = first_to_end(p, t + 1ll);
+  return document < p.ndocs && document_bound(p, document) == t ? document : -1;
+}
+
+// Rows of states that go with a document of sequence b: in final states, and in initial ones, -1 for none.
+__device__ __forceinline__ long long final_row(const OxiConv &p, long long b, int document) {
+  return p.cu_seqlens == nullptr ? b : document;
+}
+__device__ __forceinline__ long long initial_row(const OxiConv &p, long long b, int document) {
+  if (document < 0) return -1;
+  if (p.cu_seqlens == nullptr) return b;
+  return p.state_a_document || document == 0 ? document : -1;
+}
+
+__device__ __forceinline__ long long state_offset(const OxiTensor3 &states, long long row, int channel, int column) {
+  return row * states.stride[0] + channel * states.stride[1] + column * states.stride[2];
+}
+
+// An element of this row of the initial states; 0 if there is none.
+__device__ __forceinline__ float initial_value(const OxiConv &p, long long row, int channel, int column) {
+  if (p.initial_states.data == nullptr || row < 0 || column < 0 || channel >= p.dim) return 0.0f;
+  return either(p.initial_states.data, state_offset(p.initial_states, row, channel, column), p.wide_initial_states);
+}
+
+// The inputs before a token, oldest first.
+struct Window {
+  float value[kHistory][kChannels];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int k = 0; k < kHistory; ++k) {
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) value[k][c] = 0.0f;
+    }
+  }
+
+  // As it is before token t, with which a run begins. Returns the run's row of initial states.
+  __device__ __forceinline__ long long start_run(const OxiConv &p, long long b, int channel, int t) {
+    const long long row = p.initial_states.data == nullptr ? -1 : initial_row(p, b, document_from(p, t));
+    clear();
+    if (row >= 0) {
+#pragma unroll
+      for (int k = 0; k < kHistory; ++k) {
+#pragma unroll
+        for (int c = 0; c < kChannels; ++c) value[k][c] = initial_value(p, row, channel + c, k - missing_taps(p));
+      }
+    }
+    return row;
+  }
+
+  __device__ __forceinline__ void push(const float (&x)[kChannels]) {
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+#pragma unroll
+      for (int k = 0; k + 1 < kHistory; ++k) value[k][c] = value[k + 1][c];
+      value[kHistory - 1][c] = x[c];
+    }
+  }
+};
+
+// A bit for each token of a block's span and its neighbourhood: whether a run begins there (one past the last token does
+// too), and whether its id is negative.
+struct Marks {
+  static constexpr int kBefore = 16;
+  static constexpr int kWords = (OXI_MAX_MARKED_TOKENS + 2 * kBefore) / 32 + 2;
+  unsigned starts[kWords];
+  unsigned negatives[kWords];
+
+  // By all threads of a block; a barrier has to follow, and to come before it where marks were in use.
+  __device__ __forceinline__ void fill(const OxiConv &p, long long b, int begin, int end) {
+    const int warps = blockDim.x / kWarp, lane = threadIdx.x % kWarp;
+    const int *ids = p.seq_idx == nullptr ? nullptr : p.seq_idx + b * p.seq_idx_stride[0];
+    for (int word = threadIdx.x / kWarp; word * 32 < end - begin + 2 * kBefore + 32; word += warps) {
+      const int t = begin - kBefore + word * 32 + lane;
+      bool start = t == 0 || t == p.seqlen, negative = false;
+      if (t >= 0 && t < p.seqlen) {
+        if (ids != nullptr) {
+          const int id = ids[t * p.seq_idx_stride[1]];
+          negative = id < 0;
+          if (t > 0) start = start || id != ids[(t - 1) * p.seq_idx_stride[1]];
+        }
+        if (p.cu_seqlens != nullptr) {
+          const int document = first_to_end(p, t);
+          start = start || (document < p.ndocs && document_bound(p, document + 1) == t);
+        }
+      }
+      const unsigned start_bits = __ballot_sync(0xffffffffu, start);
+      const unsigned negative_bits = __ballot_sync(0xffffffffu, negative);
+      if (lane == 0) starts[word] = start_bits, negatives[word] = negative_bits;
+    }
+  }
+
+  // Those of 32 tokens from `first` on, no earlier than kBefore before the span.
+  __device__ static unsigned from(const unsigned (&bits)[kWords], int begin, int first) {
+    const int i = first - begin + kBefore;
+    return __funnelshift_r(bits[i / 32], bits[i / 32 + 1], i % 32);
+  }
+};
+
+// Write the final states of the documents that end at `end`: what a window holds there, and of those without a token
+// their initial states.
+__device__ __forceinline__ void store_final_states(const OxiConv &p, long long b, int channel, int end, const Window &window) {
+  if (p.final_states.data == nullptr) return;
+  for (int document = first_to_end(p, end); document < p.ndocs; ++document) {
+    if (document_bound(p, document + 1) != end) break;
+    const bool empty = document_bound(p, document) == end;
+    const long long row = final_row(p, b, document);
+#pragma unroll
+    for (int k = 0; k < kHistory; ++k) {
+      const int column = k - missing_taps(p);
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        if (column < 0 || channel + c >= p.dim) continue;
+        const float value =
+            empty ? initial_value(p, initial_row(p, b, document), channel + c, column) : window.value[k][c];
+        static_cast<Element *>(p.final_states.data)[state_offset(p.final_states, row, channel + c, column)] =
+            from_float<Element>(value);
+      }
+    }
+  }
+}
+
+// A thread's elements of kTokens tokens of a tensor: channels or tokens in packs.
+template <int kTokens>
+struct Tokens {
+  static constexpr int kPack = kAlongTokens ? kSpan : kChannels;
+  static constexpr int kPacks = kAlongTokens ? kTokens / kSpan : kTokens;
+  Pack<Element, kPack> packs[kPacks];
+
+  __device__ __forceinline__ float at(int i, int c) const {
+    return kAlongTokens ? packs[i / kPack][i % kPack] : packs[i][c];
+  }
+
+  // From token `first` on, 0 for those outside [0, end). `line`: of the thread's first channel.
+  __device__ __forceinline__ void load(const OxiConv &p, const OxiTensor3 &tensor, const Element *line, bool dense, int channel, int first,
+                       int end) {
+    const long long step = tensor.stride[2];
+    if constexpr (kAlongTokens) {
+#pragma unroll
+      for (int i = 0; i < kPacks; ++i) {
+        const int t = first + i * kSpan;
+        // Where the line ends within a pack it is read element by element.
+        const bool whole = dense && t + kSpan <= end;
+        packs[i] = load_pack<kPack>(line, step, t, t < 0 ? t : end, whole && t >= 0);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kPacks; ++i) load_token(p, tensor, line, dense, channel, i, first + i, end);
+    }
+  }
+
+  // Token t alone, to place i (LAST).
+  __device__ __forceinline__ void load_token(const OxiConv &p, const OxiTensor3 &tensor, const Element *line, bool dense, int channel, int i,
+                             int t, int end) {
+    const bool inside = t >= 0 && t < end;
+    const int size = dense ? kPack : p.dim - channel;
+    packs[i] = load_pack<kPack>(line + t * tensor.stride[2], tensor.stride[1], 0, inside ? size : 0, dense);
+  }
+};
+
+#if LAYOUT == LAST
+// Store a token's channels.
+__device__ __forceinline__ void store_channels(const OxiConv &p, const OxiTensor3 &tensor, Element *line, bool dense, int channel,
+                                      int t, const float (&values)[kChannels]) {
+  store_pack(line + t * tensor.stride[2], tensor.stride[1], 0, dense ? kChannels : p.dim - channel, dense,
+             Pack<Element, kChannels>::of(values));
+}
+
+#else
+// Store kSpan tokens of a channel.
+__device__ __forceinline__ void store_span(const OxiTensor3 &tensor, Element *line, bool dense, int first, int end,
+                                  const float (&values)[kSpan]) {
+  store_pack(line, tensor.stride[2], first, end, dense && first + kSpan <= end, Pack<Element, kSpan>::of(values));
+}
+#endif
+
+}  // namespace oxi

@@ -1,0 +1,357 @@
+// Causal depthwise convolution, backward, but for the sum over blocks (causal_conv1d_bwd_parameters). Equals the gradients
+// of oxiscan.reference.causal_conv1d_fn.
+//
+//   dpre[t] = dout[t] silu'(pre[t])                     dsource[s] = sum over k of weight[k] dpre[s + (width - 1) - k]
+//   dweight[k] = sum over t of dpre[t] source[t - (width - 1) + k]                   dbias = sum over t of dpre[t]
+//
+// over tokens of the source's run; pre as in the forward, computed again; dpre is 0 for negative ids. To the last
+// width - 1 sources of a document the gradient of its final state is added. dsource is dx for tokens, dinitial_states for
+// what lies before a document's first one.
+//
+// Grid: block i owns of the channels the i % channel_blocks-th part, and every span_blocks-th span from
+// i / channel_blocks on; causal_conv1d.cuh says what of them belongs to a thread. The owner of a token owns its dx, its
+// part of dweight and dbias, and the initial state of a run that begins with it. Sums for the parameters stay in registers
+// until the last span, and are then the block's row of partials.
+//
+// Phases, for each span: with DOCUMENTS mark where runs begin, between barriers; then without one: the inputs before the
+// first token; tokens to width - 1 past the last one. Along channels each token is loaded kBatch tokens ahead;
+// the gradients of the last width - 1 sources stay in registers until they are whole. Along
+// tokens dpre of a thread's tokens and of width - 1 after them, then sums of those; at the end the warp's lanes' sums for
+// the parameters by shuffles.
+//
+// Shared memory: with DOCUMENTS two bits for each token of the span, 544 bytes. fp32: everything between loads and stores,
+// and partials.
+
+#include "causal_conv1d.cuh"
+
+using namespace oxi;
+
+namespace {
+
+struct Sums {
+  float dweight[kTaps][kChannels];
+  float dbias[kChannels];
+};
+
+__device__ __forceinline__ float gradient_of_pre(const OxiConv &p, float pre, float dout) {
+  return p.silu ? dout * silu_grad(pre) : dout;
+}
+
+// An element of a document's gradient of the final state.
+__device__ __forceinline__ float dfinal_value(const OxiConvBackward &p, long long b, int document, int channel, int column) {
+  const OxiTensor3 &states = p.dfinal_states;
+  if (states.data == nullptr || column < 0 || channel >= p.conv.dim) return 0.0f;
+  return to_float(static_cast<const Element *>(
+      states.data)[state_offset(states, final_row(p.conv, b, document), channel, column)]);
+}
+
+__device__ __forceinline__ void store_dinitial(const OxiConvBackward &p, long long row, int channel, int column, float value) {
+  const OxiTensor3 &states = p.dinitial_states;
+  if (states.data == nullptr || row < 0 || column < 0 || channel >= p.conv.dim) return;
+  const long long offset = state_offset(states, row, channel, column);
+  if (p.conv.wide_initial_states) {
+    static_cast<float *>(states.data)[offset] = value;
+  } else {
+    static_cast<Element *>(states.data)[offset] = from_float<Element>(value);
+  }
+}
+
+// Of documents without a token that lie at `end`: their initial state is their final one.
+__device__ __forceinline__ void pass_empty_documents(const OxiConvBackward &p, long long b, int channel, int end) {
+  if (p.dinitial_states.data == nullptr) return;
+  for (int document = first_to_end(p.conv, end); document < p.conv.ndocs; ++document) {
+    if (document_bound(p.conv, document + 1) != end) break;
+    if (document_bound(p.conv, document) != end) continue;
+    for (int column = 0; column < p.conv.width - 1; ++column) {
+      for (int c = 0; c < kChannels; ++c) {
+        store_dinitial(p, initial_row(p.conv, b, document), channel + c, column,
+                       dfinal_value(p, b, document, channel + c, column));
+      }
+    }
+  }
+}
+
+// The document with tokens that ends at `end`, -1 if none does.
+__device__ __forceinline__ int document_to(const OxiConv &p, int end) {
+  const int document = first_to_end(p, end);
+  const bool ends = document < p.ndocs && document_bound(p, document + 1) == end && document_bound(p, document) != end;
+  return ends ? document : -1;
+}
+
+#if LAYOUT == LAST
+
+// How many tokens ahead one is loaded.
+constexpr int kBatch = 4;
+
+__device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &marks, long long b, int channel, int begin,
+                                           int end, const Filter &filter, Sums &sums) {
+  const OxiConv &conv = p.conv;
+  const Element *x_line = line(conv.x, b, channel), *dout_line = line(p.dout, b, channel);
+  Element *dx_line = line_to_write(p.dx, b, channel);
+  const bool x_dense = conv.dense & OXI_CONV_X, dout_dense = conv.dense & OXI_CONV_DOUT;
+  const bool dx_dense = conv.dense & OXI_CONV_DX;
+  // Tokens whose gradients reach the span.
+  const int reach = static_cast<int>(min(static_cast<long long>(end) + kHistory, static_cast<long long>(conv.seqlen)));
+  const int dout_reach = p.dout.data == nullptr ? 0 : reach;
+  Tokens<kBatch> x_tokens, dout_tokens;
+  x_tokens.load(conv, conv.x, x_line, x_dense, channel, begin, reach);
+  dout_tokens.load(conv, p.dout, dout_line, dout_dense, channel, begin, dout_reach);
+  Tokens<kHistory> before;
+  before.load(conv, conv.x, x_line, x_dense, channel, begin - kHistory, begin);
+
+  Window window;
+  window.clear();
+  const unsigned starts_before = kPacked ? Marks::from(marks.starts, begin, begin - kHistory) : 0;
+#pragma unroll
+  for (int i = 0; i < kHistory; ++i) {
+    if (kPacked && starts_before >> i & 1) window.start_run(conv, b, channel, begin - kHistory + i);
+    float x[kChannels];
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) x[c] = before.at(i, c);
+    window.push(x);
+  }
+  // Of the sources before the present token, oldest first: their gradients so far.
+  float pending[kHistory][kChannels] = {};
+  // The run at work: its first token where the span owns that, and its row of initial states.
+  int run = -1;
+  long long row = -1;
+  if (begin == 0) {
+    pass_empty_documents(p, b, channel, 0);
+    row = window.start_run(conv, b, channel, 0);
+    run = 0;
+  }
+
+  const auto emit = [&](int source, const float (&value)[kChannels]) __attribute__((always_inline)) {
+    if (source >= begin && source >= run) {
+      if (source < end) store_channels(conv, p.dx, dx_line, dx_dense, channel, source, value);
+    } else if (source < run && row >= 0) {
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        store_dinitial(p, row, channel + c, source - run + conv.width - 1, value[c]);
+      }
+    }
+  };
+  // A run ends before token t.
+  const auto finish_run = [&](int t) __attribute__((always_inline)) {
+    const int document = p.dfinal_states.data == nullptr ? -1 : document_to(conv, t);
+#pragma unroll
+    for (int k = 0; k < kHistory; ++k) {
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        if (document >= 0) pending[k][c] += dfinal_value(p, b, document, channel + c, k - missing_taps(conv));
+      }
+      emit(t - kHistory + k, pending[k]);
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) pending[k][c] = 0.0f;
+    }
+    if (t > begin && t <= end) pass_empty_documents(p, b, channel, t);
+  };
+
+  for (int first = begin; first < reach; first += kBatch) {
+    const unsigned starts = kPacked ? Marks::from(marks.starts, begin, first) : 0;
+    const unsigned negatives = kPacked ? Marks::from(marks.negatives, begin, first) : 0;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int t = first + i;
+      if (t >= reach) break;
+      if (kPacked && starts >> i & 1 && t > 0) {
+        finish_run(t);
+        row = window.start_run(conv, b, channel, t);
+        run = t;
+        if (t >= end) row = -1;
+      }
+      float x[kChannels], ready[kChannels];
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        x[c] = x_tokens.at(i, c);
+        const auto source = [&](int k) { return window.value[k][c]; };
+        float dpre = gradient_of_pre(conv, filter.convolve(conv, c, source, x[c]), dout_tokens.at(i, c));
+        const bool counts = !(kPacked && negatives >> i & 1);
+        if (!counts) dpre = 0.0f;
+        ready[c] = fmaf(filter.weight[0][c], dpre, pending[0][c]);
+#pragma unroll
+        for (int k = 1; k < kHistory; ++k) pending[k - 1][c] = fmaf(filter.weight[k][c], dpre, pending[k][c]);
+        pending[kHistory - 1][c] = filter.weight[kHistory][c] * dpre;
+        if (t < end && counts) {
+#pragma unroll
+          for (int k = 0; k < kHistory; ++k) {
+            if (kExact || k >= missing_taps(conv)) sums.dweight[k][c] = fmaf(dpre, source(k), sums.dweight[k][c]);
+          }
+          sums.dweight[kHistory][c] = fmaf(dpre, x[c], sums.dweight[kHistory][c]);
+          sums.dbias[c] += dpre;
+        }
+      }
+      x_tokens.load_token(conv, conv.x, x_line, x_dense, channel, i, t + kBatch, reach);
+      dout_tokens.load_token(conv, p.dout, dout_line, dout_dense, channel, i, t + kBatch, dout_reach);
+      emit(t - kHistory, ready);
+      window.push(x);
+    }
+  }
+  if (reach == conv.seqlen && reach > 0) finish_run(reach);
+}
+
+#else
+
+__device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &marks, long long b, int channel, int begin,
+                                         int end, const Filter &filter, Sums &sums) {
+  const OxiConv &conv = p.conv;
+  const Element *x_line = line(conv.x, b, channel), *dout_line = line(p.dout, b, channel);
+  Element *dx_line = line_to_write(p.dx, b, channel);
+  const bool x_dense = conv.dense & OXI_CONV_X, dout_dense = conv.dense & OXI_CONV_DOUT;
+  const bool dx_dense = conv.dense & OXI_CONV_DX;
+  const int dout_end = p.dout.data == nullptr ? 0 : conv.seqlen;
+  if (end == 0 && threadIdx.x % kWarp == 0) pass_empty_documents(p, b, channel, 0);
+
+  for (int first = begin + static_cast<int>(threadIdx.x % kWarp) * kSpan; first < end; first += kWarp * kSpan) {
+    constexpr int kReach = kSpan + kHistory;
+    Tokens<kHalo> before;
+    Tokens<kSpan + kHalo> x_tokens, dout_tokens;
+    before.load(conv, conv.x, x_line, x_dense, channel, first - kHalo, conv.seqlen);
+    x_tokens.load(conv, conv.x, x_line, x_dense, channel, first, conv.seqlen);
+    dout_tokens.load(conv, p.dout, dout_line, dout_dense, channel, first, dout_end);
+    // From kHistory tokens before the thread's first one to kHistory after its last.
+    const unsigned starts = kPacked ? Marks::from(marks.starts, begin, first - kHistory) : 0;
+    const unsigned negatives = kPacked ? Marks::from(marks.negatives, begin, first) : 0;
+    const auto starts_at = [&](int i) __attribute__((always_inline)) { return (starts >> (kHistory + i) & 1) != 0; };
+    Window window;
+    window.clear();
+#pragma unroll
+    for (int i = 0; i < kHistory; ++i) {
+      const int t = first - kHistory + i;
+      if (kPacked ? starts_at(i - kHistory) : kSpan <= kHistory && t == 0) window.start_run(conv, b, channel, t);
+      const float x[1] = {before.at(kHalo - kHistory + i, 0)};
+      window.push(x);
+    }
+    if (first == 0) {
+      pass_empty_documents(p, b, channel, 0);
+      window.start_run(conv, b, channel, 0);
+    }
+    float dpre[kReach];
+#pragma unroll
+    for (int i = 0; i < kReach; ++i) {
+      if (kPacked && starts_at(i) && first + i > 0) window.start_run(conv, b, channel, first + i);
+      const float x[1] = {x_tokens.at(i, 0)};
+      const auto source = [&](int k) { return window.value[k][0]; };
+      dpre[i] = gradient_of_pre(conv, filter.convolve(conv, 0, source, x[0]), dout_tokens.at(i, 0));
+      const bool counts = first + i < conv.seqlen && !(kPacked && negatives >> i & 1);
+      if (!counts) dpre[i] = 0.0f;
+      if (i < kSpan && counts) {
+#pragma unroll
+        for (int k = 0; k < kHistory; ++k) {
+          if (kExact || k >= missing_taps(conv)) sums.dweight[k][0] = fmaf(dpre[i], source(k), sums.dweight[k][0]);
+        }
+        sums.dweight[kHistory][0] = fmaf(dpre[i], x[0], sums.dweight[kHistory][0]);
+        sums.dbias[0] += dpre[i];
+      }
+      window.push(x);
+    }
+    // What the tokens from `from` on of the run give to a source `lag` tokens before it.
+    const auto gradient = [&](int from, int lag) __attribute__((always_inline)) {
+      float sum = 0.0f;
+      bool same_run = true;
+#pragma unroll
+      for (int i = 0; i < kTaps; ++i) {
+        if (i < lag || from - lag + i >= kReach) continue;
+        const int token = from - lag + i;
+        if (kPacked && token > from && starts_at(token)) same_run = false;
+        if (same_run) sum = fmaf(filter.weight[kHistory - i][0], dpre[token], sum);
+      }
+      return sum;
+    };
+    // What a final state's gradient gives to the source `lag` tokens before token `from`, at most kHistory before the
+    // run's end.
+    const auto dfinal = [&](int from, int lag) __attribute__((always_inline)) {
+      if (p.dfinal_states.data == nullptr) return 0.0f;
+      const int source = first + from - lag;
+      int run_end = conv.seqlen;
+      if (kPacked) {
+        const unsigned later = starts >> (kHistory + from + 1);
+        run_end = later == 0 ? source + kTaps : first + from + __ffs(later);
+      }
+      const int column = source - run_end + conv.width - 1;
+      if (column < 0) return 0.0f;
+      const int document = document_to(conv, run_end);
+      return document < 0 ? 0.0f : dfinal_value(p, b, document, channel, column);
+    };
+    float dx[kSpan];
+#pragma unroll
+    for (int i = 0; i < kSpan; ++i) {
+      dx[i] = gradient(i, 0);
+      const int t = first + i;
+      const bool near_end = kPacked ? (starts >> (kHistory + i + 1) & ((1u << kHistory) - 1)) != 0
+                                    : t >= conv.seqlen - kHistory;
+      if (near_end && t < conv.seqlen) dx[i] += dfinal(i, 0);
+      const bool begins = kPacked ? starts_at(i) : t == 0;
+      if (begins && t < conv.seqlen && p.dinitial_states.data != nullptr) {
+        const long long row = initial_row(conv, b, document_from(conv, t));
+        if (row >= 0) {
+#pragma unroll
+          for (int lag = 1; lag <= kHistory; ++lag) {
+            store_dinitial(p, row, channel, conv.width - 1 - lag, gradient(i, lag) + dfinal(i, lag));
+          }
+        }
+      }
+      const bool ends = kPacked ? starts_at(i + 1) : t + 1 == conv.seqlen;
+      if (ends) pass_empty_documents(p, b, channel, t + 1);
+    }
+    store_span(p.dx, dx_line, dx_dense, first, conv.seqlen, dx);
+  }
+}
+
+#endif
+
+}  // namespace
+
+// What needs no more, so that as many warps as possible run at once.
+constexpr int kRegisters = kExact && !kPacked ? 168 : 208;
+
+extern "C" __global__ void __maxnreg__(kRegisters) KERNEL(const __grid_constant__ OxiConvBackward p) {
+  __shared__ Marks marks;
+
+  const OxiConv &conv = p.conv;
+  const int in_block = kAlongTokens ? threadIdx.x / kWarp : threadIdx.x * kChannels;
+  const int block_channels = kAlongTokens ? blockDim.x / kWarp : blockDim.x * kChannels;
+  const long long channel = static_cast<long long>(blockIdx.x % conv.channel_blocks) * block_channels + in_block;
+  const bool owns = channel < conv.dim;
+
+  wait_for_earlier_work();
+  const Filter filter(conv, min(channel, conv.dim - 1ll));
+  Sums sums{};
+  const long long block = blockIdx.x / conv.channel_blocks;
+  for (long long span = block; span < conv.spans; span += p.span_blocks) {
+    const long long b = span / conv.spans_of_sequence;
+    const int begin = static_cast<int>(span % conv.spans_of_sequence) * conv.tokens;
+    const int end = min(conv.tokens, conv.seqlen - begin) + begin;
+    if constexpr (kPacked) {
+      __syncthreads();
+      marks.fill(conv, b, begin, end);
+      __syncthreads();
+    }
+    if (!owns) continue;
+    walk(p, marks, b, channel, begin, end, filter, sums);
+  }
+  if (!owns) return;
+
+  const int missing = missing_taps(conv);
+  float *row = p.partials + block * (conv.width + 1) * conv.dim + channel;
+  if constexpr (kAlongTokens) {
+    float totals[kTaps + 1];
+#pragma unroll
+    for (int k = 0; k < kTaps; ++k) totals[k] = sums.dweight[k][0];
+    totals[kTaps] = sums.dbias[0];
+    warp_sum(totals);
+#pragma unroll
+    for (int k = 0; k <= kTaps; ++k) {
+      if (threadIdx.x % kWarp == 0 && k >= missing) row[static_cast<long long>(k - missing) * conv.dim] = totals[k];
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k <= kTaps; ++k) {
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        if (k < missing || channel + c >= conv.dim) continue;
+        row[static_cast<long long>(k - missing) * conv.dim + c] = k < kTaps ? sums.dweight[k][c] : sums.dbias[c];
+      }
+    }
+  }
+}

@@ -1,0 +1,157 @@
+// Causal depthwise convolution, forward. Equals oxiscan.reference.causal_conv1d_fn.
+//
+//   pre[t] = bias + sum over k of weight[k] source[t - (width - 1) + k]        out[t] = silu(pre[t]), or pre[t]
+//
+// The sources before a run's first token are its initial state or zeros; a token with a negative id gives 0. The last
+// width - 1 sources of a document are its final state.
+//
+// Grid: block i owns span i / channel_blocks (spans of a sequence are neighbours) and of its channels the
+// i % channel_blocks-th part; causal_conv1d.cuh says what of it belongs to a thread. A thread that owns token t writes the
+// final states of documents that end with it.
+//
+// Phases: with DOCUMENTS mark where runs begin, a barrier; then without one: the inputs before the first token; along
+// channels token by token, each loaded kBatch tokens ahead; along tokens a step of the warp after the other.
+//
+// Shared memory: with DOCUMENTS two bits for each token of the span, 544 bytes. fp32: everything between loads and stores.
+
+#include "causal_conv1d.cuh"
+
+using namespace oxi;
+
+namespace {
+
+__device__ __forceinline__ float activate(const OxiConv &p, float pre) { return p.silu ? silu(pre) : pre; }
+
+#if LAYOUT == LAST
+
+// How many tokens ahead one is loaded.
+constexpr int kBatch = 4;
+
+__device__ __forceinline__ void walk(const OxiConv &p, const Marks &marks, long long b, int channel, int begin,
+                                           int end) {
+  const Element *x_line = line(p.x, b, channel);
+  Element *out_line = line_to_write(p.out, b, channel);
+  const bool x_dense = p.dense & OXI_CONV_X, out_dense = p.dense & OXI_CONV_OUT;
+  Tokens<kHistory> before;
+  before.load(p, p.x, x_line, x_dense, channel, begin - kHistory, begin);
+  Tokens<kBatch> tokens;
+  tokens.load(p, p.x, x_line, x_dense, channel, begin, end);
+  const Filter filter(p, channel);
+
+  Window window;
+  window.clear();
+  const unsigned starts_before = kPacked ? Marks::from(marks.starts, begin, begin - kHistory) : 0;
+#pragma unroll
+  for (int i = 0; i < kHistory; ++i) {
+    if (kPacked && starts_before >> i & 1) window.start_run(p, b, channel, begin - kHistory + i);
+    float x[kChannels];
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) x[c] = before.at(i, c);
+    window.push(x);
+  }
+  if (begin == 0) {
+    store_final_states(p, b, channel, 0, window);
+    window.start_run(p, b, channel, 0);
+  }
+
+  for (int first = begin; first < end; first += kBatch) {
+    const unsigned starts = kPacked ? Marks::from(marks.starts, begin, first) : 0;
+    const unsigned negatives = kPacked ? Marks::from(marks.negatives, begin, first) : 0;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int t = first + i;
+      if (t >= end) break;
+      if (kPacked && starts >> i & 1 && t > 0) {
+        if (t > begin) store_final_states(p, b, channel, t, window);
+        window.start_run(p, b, channel, t);
+      }
+      float x[kChannels], out[kChannels];
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        x[c] = tokens.at(i, c);
+        const auto before = [&](int k) { return window.value[k][c]; };
+        out[c] = activate(p, filter.convolve(p, c, before, x[c]));
+        if (kPacked && negatives >> i & 1) out[c] = 0.0f;
+      }
+      tokens.load_token(p, p.x, x_line, x_dense, channel, i, t + kBatch, end);
+      store_channels(p, p.out, out_line, out_dense, channel, t, out);
+      window.push(x);
+    }
+  }
+  if (end > 0) store_final_states(p, b, channel, end, window);
+}
+
+#else
+
+__device__ __forceinline__ void walk(const OxiConv &p, const Marks &marks, long long b, int channel, int begin,
+                                         int end) {
+  const Element *x_line = line(p.x, b, channel);
+  Element *out_line = line_to_write(p.out, b, channel);
+  const bool x_dense = p.dense & OXI_CONV_X, out_dense = p.dense & OXI_CONV_OUT;
+  const Filter filter(p, channel);
+  Window window;
+  if (end == 0 && threadIdx.x % kWarp == 0) store_final_states(p, b, channel, 0, window);
+
+  for (int first = begin + static_cast<int>(threadIdx.x % kWarp) * kSpan; first < end; first += kWarp * kSpan) {
+    Tokens<kHalo> before;
+    Tokens<kSpan> tokens;
+    before.load(p, p.x, x_line, x_dense, channel, first - kHalo, p.seqlen);
+    tokens.load(p, p.x, x_line, x_dense, channel, first, p.seqlen);
+    // From kHistory tokens before the thread's first one to the one after its last.
+    const unsigned starts = kPacked ? Marks::from(marks.starts, begin, first - kHistory) : 0;
+    const unsigned negatives = kPacked ? Marks::from(marks.negatives, begin, first) : 0;
+    window.clear();
+#pragma unroll
+    for (int i = 0; i < kHistory; ++i) {
+      const int t = first - kHistory + i;
+      if (kPacked ? starts >> i & 1 : kSpan <= kHistory && t == 0) window.start_run(p, b, channel, t);
+      const float x[1] = {before.at(kHalo - kHistory + i, 0)};
+      window.push(x);
+    }
+    if (first == 0) {
+      store_final_states(p, b, channel, 0, window);
+      window.start_run(p, b, channel, 0);
+    }
+    float out[kSpan];
+#pragma unroll
+    for (int i = 0; i < kSpan; ++i) {
+      if (kPacked && starts >> (kHistory + i) & 1 && first + i > 0) {
+        if (i > 0) store_final_states(p, b, channel, first + i, window);
+        window.start_run(p, b, channel, first + i);
+      }
+      const float x[1] = {tokens.at(i, 0)};
+      const auto before_it = [&](int k) { return window.value[k][0]; };
+      out[i] = activate(p, filter.convolve(p, 0, before_it, x[0]));
+      if (kPacked && negatives >> i & 1) out[i] = 0.0f;
+      window.push(x);
+      if (!kPacked && first + i + 1 == p.seqlen) store_final_states(p, b, channel, p.seqlen, window);
+    }
+    store_span(p.out, out_line, out_dense, first, p.seqlen, out);
+    if (kPacked && starts >> (kHistory + kSpan) & 1) store_final_states(p, b, channel, first + kSpan, window);
+  }
+}
+
+#endif
+
+}  // namespace
+
+extern "C" __global__ void __maxnreg__(128) KERNEL(const __grid_constant__ OxiConv p) {
+  __shared__ Marks marks;
+
+  const long long span = blockIdx.x / p.channel_blocks;
+  const long long b = span / p.spans_of_sequence;
+  const int begin = static_cast<int>(span % p.spans_of_sequence) * p.tokens;
+  const int end = min(p.tokens, p.seqlen - begin) + begin;
+  const int in_block = kAlongTokens ? threadIdx.x / kWarp : threadIdx.x * kChannels;
+  const int block_channels = kAlongTokens ? blockDim.x / kWarp : blockDim.x * kChannels;
+  const long long channel = static_cast<long long>(blockIdx.x % p.channel_blocks) * block_channels + in_block;
+
+  wait_for_earlier_work();
+  if constexpr (kPacked) {
+    marks.fill(p, b, begin, end);
+    __syncthreads();
+  }
+  if (channel < p.dim) {
+    walk(p, marks, b, channel, begin, end);
+  }
+}

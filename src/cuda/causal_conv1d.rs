@@ -1,0 +1,223 @@
+//! Causal convolution on CUDA: which instance serves a call, and its launch.
+
+use super::launch::{Block, Stream, WARP};
+use super::params::{
+    self, OXI_CONV_DOUT, OXI_CONV_DX, OXI_CONV_OUT, OXI_CONV_WEIGHT, OXI_CONV_X,
+    OXI_MAX_MARKED_TOKENS, OxiConv, OxiConvBackward, OxiConvParameters, VECTOR,
+};
+use crate::error::{Error, Result};
+use crate::ops::causal_conv1d::{ConvGradients, ConvInputs};
+use crate::tensor::{DType, View};
+
+/// Warps of a block along channels: few, as registers then leave room for more blocks.
+const BLOCK_WARPS: usize = 2;
+/// Warps of a block where each has a channel.
+const CHANNEL_WARPS: usize = 4;
+/// Taps that are compiled for exactly.
+const EXACT_WIDTH: usize = 4;
+/// Spans start at multiples of what a thread moves at once.
+const SPAN_UNIT: usize = 8;
+/// Tokens of a span: enough for its halo not to count, few enough for all multiprocessors to have one.
+const MIN_SPAN: usize = 32;
+/// Along tokens: of a warp's steps.
+const TOKENS_OF_WARP: usize = 2048;
+
+/// How a call is shared out.
+struct Plan {
+    /// Choices of ELEMENT, LAYOUT, WIDTH, DOCUMENTS.
+    choices: [usize; 4],
+    along_tokens: bool,
+    /// Elements that a thread moves at once.
+    width: usize,
+    block: Block,
+    channel_blocks: usize,
+}
+
+impl Plan {
+    fn new(inputs: &ConvInputs, dtype: DType) -> Self {
+        let dims = inputs.dims;
+        // Where neither is dense, along tokens: a lane's elements are then at least a line of memory.
+        let along_tokens = inputs.x.strides()[1] != 1 || (dims.dim == 1 && dims.seqlen > 1);
+        let exact = dims.width == EXACT_WIDTH;
+        let packed = inputs.seq_idx.is_some() || inputs.cu_seqlens.is_some();
+        let choices =
+            [params::dtype(dtype) as usize, along_tokens.into(), (!exact).into(), packed.into()];
+        // kChannels of the kernels.
+        let channels = if exact { 8 / dtype.size() } else { 2 };
+        let (warps, per_block) = if along_tokens {
+            (CHANNEL_WARPS, CHANNEL_WARPS)
+        } else {
+            let warps = dims.dim.div_ceil(channels * WARP).clamp(1, BLOCK_WARPS);
+            (warps, warps * WARP * channels)
+        };
+        Plan {
+            choices,
+            along_tokens,
+            width: if along_tokens { VECTOR / dtype.size() } else { channels },
+            block: Block::of(warps * WARP),
+            channel_blocks: dims.dim.div_ceil(per_block),
+        }
+    }
+
+    /// Whether the lines of a tensor that a thread goes along move in packs.
+    fn is_dense(&self, view: &View<3>, dim: usize) -> bool {
+        if self.along_tokens {
+            return params::is_dense(view, self.width);
+        }
+        let bytes = (self.width * view.dtype.size()) as isize;
+        let aligned = |axis: usize| {
+            view.shape[axis] <= 1 || view.strides()[axis] * view.dtype.size() as isize % bytes == 0
+        };
+        dim.is_multiple_of(self.width)
+            && view.strides()[1] == 1
+            && view.data() as isize % bytes == 0
+            && aligned(0)
+            && aligned(2)
+    }
+
+    /// Tokens of a span where about `spans` of them are wanted of all sequences together.
+    fn tokens(&self, inputs: &ConvInputs, spans: usize) -> usize {
+        let dims = inputs.dims;
+        let tokens = if self.along_tokens {
+            TOKENS_OF_WARP
+        } else {
+            let of_sequence = (spans / dims.batch.max(1)).max(1);
+            dims.seqlen.div_ceil(of_sequence).max(MIN_SPAN)
+        };
+        let most = if self.choices[3] == 1 { OXI_MAX_MARKED_TOKENS as usize } else { usize::MAX };
+        tokens
+            .next_multiple_of(SPAN_UNIT)
+            .min(most)
+            .min(dims.seqlen.next_multiple_of(SPAN_UNIT))
+            .max(SPAN_UNIT)
+    }
+
+    fn params(&self, inputs: &ConvInputs, tokens: usize) -> Result<OxiConv> {
+        let dims = inputs.dims;
+        if dims.seqlen >= MAX_SEQLEN {
+            return Err(Error::Unsupported {
+                arg: "x",
+                got: format!("seqlen = {}", dims.seqlen),
+                allowed: format!("seqlen < {MAX_SEQLEN} on cuda"),
+            });
+        }
+        let spans_of_sequence = dims.seqlen.div_ceil(tokens).max(1);
+        let ndocs = inputs.cu_seqlens.as_ref().map_or(1, |bounds| bounds.shape[0] - 1);
+        let flag = |set: bool, bit: u32| if set { bit as i32 } else { 0 };
+        let wide = |dtype: DType| i32::from(dtype == DType::F32);
+        let row = EXACT_WIDTH * inputs.weight.dtype.size();
+        let weight_is_dense = dims.width == EXACT_WIDTH
+            && inputs.weight.strides()[1] == 1
+            && (inputs.weight.data() as usize).is_multiple_of(row)
+            && inputs.weight.strides()[0] * inputs.weight.dtype.size() as isize % row as isize == 0;
+        Ok(OxiConv {
+            dim: params::size("x", "dim", dims.dim)?,
+            width: dims.width as i32,
+            seqlen: dims.seqlen as i32,
+            ndocs: params::size("cu_seqlens", "ndocs", ndocs)?,
+            silu: inputs.silu.into(),
+            dense: flag(self.is_dense(&inputs.x, dims.dim), OXI_CONV_X)
+                | flag(weight_is_dense, OXI_CONV_WEIGHT),
+            wide_weight: wide(inputs.weight.dtype),
+            wide_initial_states: inputs.initial_states.map_or(0, |states| wide(states.dtype)),
+            state_a_document: inputs.initial_states.is_some_and(|s| s.shape[0] == ndocs).into(),
+            channel_blocks: params::size("x", "dim", self.channel_blocks)?,
+            tokens: tokens as i32,
+            spans_of_sequence: spans_of_sequence as i32,
+            spans: (spans_of_sequence * dims.batch) as i64,
+            x: Some(&inputs.x).into(),
+            weight: Some(&inputs.weight).into(),
+            bias: params::vector(inputs.bias.as_ref()),
+            initial_states: inputs.initial_states.as_ref().into(),
+            seq_idx: inputs.seq_idx.map_or(std::ptr::null(), |ids| ids.data().cast()),
+            seq_idx_stride: inputs.seq_idx.map_or([0; 2], |ids| ids.strides().map(|s| s as i64)),
+            cu_seqlens: inputs.cu_seqlens.map_or(std::ptr::null(), |bounds| bounds.data().cast()),
+            cu_seqlens_step: inputs.cu_seqlens.map_or(0, |bounds| bounds.strides()[0] as i64),
+            cu_seqlens_are_64_bit: inputs.cu_seqlens.is_some_and(|b| b.dtype == DType::I64).into(),
+            ..Default::default()
+        })
+    }
+}
+
+/// Positions are 32-bit numbers, also those some batches past the last token.
+const MAX_SEQLEN: usize = i32::MAX as usize - 4096;
+
+pub fn forward(
+    stream: &Stream,
+    dtype: DType,
+    inputs: &ConvInputs,
+    out: &View<3>,
+    final_states: Option<&View<3>>,
+) -> Result<()> {
+    let dims = inputs.dims;
+    if dims.batch * dims.dim == 0 {
+        return Ok(());
+    }
+    let plan = Plan::new(inputs, dtype);
+    let resident = stream.resident_blocks::<OxiConv>(&plan.choices, plan.block)?;
+    let tokens = plan.tokens(inputs, WAVES * resident / plan.channel_blocks);
+    let mut params = plan.params(inputs, tokens)?;
+    params.out = Some(out).into();
+    params.final_states = final_states.into();
+    if plan.is_dense(out, dims.dim) {
+        params.dense |= OXI_CONV_OUT as i32;
+    }
+    let blocks = params.spans as usize * plan.channel_blocks;
+    stream.launch(&params, &plan.choices, [blocks, 1, 1], plan.block)
+}
+
+/// Forward's spans: so many for each block that runs at once, for multiprocessors to end together.
+const WAVES: usize = 2;
+
+/// `partials`: the workspace of the parameters' gradients, (blocks, width + 1, dim).
+pub fn backward(
+    stream: &Stream,
+    dtype: DType,
+    inputs: &ConvInputs,
+    gradients: &ConvGradients,
+    partials: &View<3>,
+) -> Result<()> {
+    let dims = inputs.dims;
+    if dims.dim == 0 {
+        return Ok(());
+    }
+    let mut span_blocks = 0;
+    if dims.batch > 0 {
+        let plan = Plan::new(inputs, dtype);
+        let resident = stream.resident_blocks::<OxiConvBackward>(&plan.choices, plan.block)?;
+        let at_once = (resident / plan.channel_blocks).clamp(1, partials.shape[0]);
+        let tokens = plan.tokens(inputs, at_once);
+        let mut conv = plan.params(inputs, tokens)?;
+        for (view, bit) in
+            [(gradients.dout.as_ref(), OXI_CONV_DOUT), (Some(&gradients.dx), OXI_CONV_DX)]
+        {
+            if view.is_some_and(|view| plan.is_dense(view, dims.dim)) {
+                conv.dense |= bit as i32;
+            }
+        }
+        span_blocks = partials.shape[0].min(conv.spans as usize);
+        let params = OxiConvBackward {
+            conv,
+            dout: gradients.dout.as_ref().into(),
+            dx: Some(&gradients.dx).into(),
+            dfinal_states: gradients.dfinal_states.as_ref().into(),
+            dinitial_states: gradients.dinitial_states.as_ref().into(),
+            partials: partials.data().cast(),
+            span_blocks: span_blocks as i32,
+            ..Default::default()
+        };
+        let blocks = span_blocks * plan.channel_blocks;
+        stream.launch(&params, &plan.choices, [blocks, 1, 1], plan.block)?;
+    }
+    let params = OxiConvParameters {
+        partials: partials.data().cast(),
+        dweight: Some(&gradients.dweight).into(),
+        dbias: params::vector(gradients.dbias.as_ref()),
+        blocks: span_blocks as i32,
+        dim: params::size("x", "dim", dims.dim)?,
+        width: dims.width as i32,
+        dweight_dtype: params::dtype(gradients.dweight.dtype) as i32,
+    };
+    let columns = dims.dim * (dims.width + 1);
+    stream.launch(&params, &[], [columns.div_ceil(WARP), 1, 1], Block::of(WARP * WARP))
+}
