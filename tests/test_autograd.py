@@ -5,7 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import oxiscan
-from oxiscan.testing import inputs
+from oxiscan.testing import assert_close, inputs
 
 CPU = torch.device("cpu")
 
@@ -113,7 +113,10 @@ def test_only_some_arguments_need_a_gradient(case):
     full = torch.autograd.grad(op(**tensors).square().sum(), leaf)
     frozen = {k: t if k == name else t.detach() for k, t in tensors.items()}
     part = torch.autograd.grad(op(**frozen).square().sum(), leaf)
-    assert torch.equal(full[0], part[0])
+    if op is oxiscan.mamba_inner_fn:  # torch's products of its projections may depend on what needs a gradient
+        assert_close(name, part[0], full[0], 1e-13)
+    else:
+        assert torch.equal(full[0], part[0])
 
 
 def test_changing_a_saved_input_in_place_is_noticed(case):

@@ -7,16 +7,21 @@
 //   LAYOUT = FIRST, tokens are neighbours, or nothing is: a warp has a channel, a thread of it kSpan neighbouring tokens,
 //   then those that the warp's next step brings. Their neighbours are loaded once more, from L1.
 //
-// Each tensor's accesses are of up to 16 bytes where its lines are dense and aligned (a bit of `dense`), otherwise element
-// by element. Sums are taken in the same order in every case, so results have the same bits.
+// FORM = PLAIN: width 4, all tensors' lines dense and aligned, so that they move in accesses of up to 16 bytes, and no
+// documents; PACKED: with documents; ANY: anything, a tensor's lines element by element but where they are dense (a bit of
+// `dense`). Where nothing is near that is special, the end of a span or of a document, tokens take a shorter way (`plain`).
+// Sums are taken in the same order in every case, so results have the same bits.
 //
-// With DOCUMENTS a block first finds where runs begin among its tokens, a bit for each in shared memory, and which ids are
+// Unless PLAIN, a block first finds where runs begin among its tokens, a bit for each in shared memory, and which ids are
 // negative. Nothing is trusted of cu_seqlens but the number of its elements: values are only compared with positions.
 #pragma once
 
-// LAYOUT: macros, so that each instance compiles its own walk alone.
+// LAYOUT, macros, so that each instance compiles its own walk alone; FORM.
 #define LAST 0
 #define FIRST 1
+#define PLAIN 0
+#define PACKED 1
+#define ANY 2
 
 #include "dependent_launch.cuh"
 #include "dtype.cuh"
@@ -29,12 +34,12 @@ namespace oxi {
 using Element = ELEMENT;
 
 constexpr bool kAlongTokens = LAYOUT == FIRST;
-constexpr bool kPacked = DOCUMENTS;
+constexpr bool kPacked = FORM != PLAIN;
 
-// Taps: exactly WIDTH, or where that is the widest, at most; the first ones are then none.
-constexpr int kTaps = WIDTH;
+// Dense lines and OXI_EXACT_CONV_WIDTH taps; or up to OXI_MAX_CONV_WIDTH of them, of which the first ones may be none.
+constexpr bool kExact = FORM != ANY;
+constexpr int kTaps = kExact ? OXI_EXACT_CONV_WIDTH : OXI_MAX_CONV_WIDTH;
 constexpr int kHistory = kTaps - 1;
-constexpr bool kExact = kTaps < OXI_MAX_CONV_WIDTH;
 __device__ __forceinline__ int missing_taps(const OxiConv &p) { return kExact ? 0 : kTaps - p.width; }
 
 // Along channels a thread's channels: as many as leave registers for loads under way.
@@ -42,6 +47,14 @@ constexpr int kChannels = kAlongTokens ? 1 : kExact ? 8 / sizeof(Element) : 2;
 // Tokens of a thread along tokens, and as many of them as a halo takes.
 constexpr int kSpan = kVector<Element>;
 constexpr int kHalo = (kHistory + kSpan - 1) / kSpan * kSpan;
+
+// Whether lines of the tensor with this bit move in packs.
+__device__ __forceinline__ bool is_dense(const OxiConv &p, int bit) { return kExact || (p.dense & bit) != 0; }
+
+template <bool kValue>
+struct Flag {
+  static constexpr bool value = kValue;
+};
 
 __device__ __forceinline__ const Element *line(const OxiTensor3 &tensor, long long b, int channel) {
   return static_cast<const Element *>(tensor.data) + b * tensor.stride[0] + channel * tensor.stride[1];
@@ -286,6 +299,16 @@ struct Tokens {
     } else {
 #pragma unroll
       for (int i = 0; i < kPacks; ++i) load_token(p, tensor, line, dense, channel, i, first + i, end);
+    }
+  }
+
+  // As `load`, of packs that are whole or not there at all, in dense lines (FIRST).
+  __device__ __forceinline__ void load_plain(const Element *line, int first, int end) {
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      const int t = first + i * kSpan;
+      packs[i] = Pack<Element, kPack>{};
+      if (t >= 0 && t < end) packs[i] = *reinterpret_cast<const Pack<Element, kPack> *>(line + t);
     }
   }
 

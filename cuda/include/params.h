@@ -155,6 +155,8 @@ enum {
 
 enum {
   OXI_MAX_CONV_WIDTH = 8,
+  /* Taps of the instances for one width alone. */
+  OXI_EXACT_CONV_WIDTH = 4,
   /* Tokens of a span where documents are marked. */
   OXI_MAX_MARKED_TOKENS = 2048,
 };

@@ -13,13 +13,13 @@
 // part of dweight and dbias, and the initial state of a run that begins with it. Sums for the parameters stay in registers
 // until the last span, and are then the block's row of partials.
 //
-// Phases, for each span: with DOCUMENTS mark where runs begin, between barriers; then without one: the inputs before the
+// Phases, for each span: unless PLAIN mark where runs begin, between barriers; then without one: the inputs before the
 // first token; tokens to width - 1 past the last one. Along channels each token is loaded kBatch tokens ahead;
 // the gradients of the last width - 1 sources stay in registers until they are whole. Along
 // tokens dpre of a thread's tokens and of width - 1 after them, then sums of those; at the end the warp's lanes' sums for
 // the parameters by shuffles.
 //
-// Shared memory: with DOCUMENTS two bits for each token of the span, 544 bytes. fp32: everything between loads and stores,
+// Shared memory: unless PLAIN two bits for each token of the span, 544 bytes. fp32: everything between loads and stores,
 // and partials.
 
 #include "causal_conv1d.cuh"
@@ -88,8 +88,8 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
   const OxiConv &conv = p.conv;
   const Element *x_line = line(conv.x, b, channel), *dout_line = line(p.dout, b, channel);
   Element *dx_line = line_to_write(p.dx, b, channel);
-  const bool x_dense = conv.dense & OXI_CONV_X, dout_dense = conv.dense & OXI_CONV_DOUT;
-  const bool dx_dense = conv.dense & OXI_CONV_DX;
+  const bool x_dense = is_dense(conv, OXI_CONV_X), dout_dense = is_dense(conv, OXI_CONV_DOUT);
+  const bool dx_dense = is_dense(conv, OXI_CONV_DX);
   // Tokens whose gradients reach the span.
   const int reach = static_cast<int>(min(static_cast<long long>(end) + kHistory, static_cast<long long>(conv.seqlen)));
   const int dout_reach = p.dout.data == nullptr ? 0 : reach;
@@ -147,14 +147,18 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
     if (t > begin && t <= end) pass_empty_documents(p, b, channel, t);
   };
 
-  for (int first = begin; first < reach; first += kBatch) {
-    const unsigned starts = kPacked ? Marks::from(marks.starts, begin, first) : 0;
-    const unsigned negatives = kPacked ? Marks::from(marks.negatives, begin, first) : 0;
+  // `plain`: the batch and the next one are in the span, no run begins in it or among the sources that it makes whole, no id
+  // is negative.
+  const auto batch = [&](int first, unsigned starts, unsigned negatives, auto plain) __attribute__((always_inline)) {
+    constexpr bool kPlain = decltype(plain)::value;
+    const Element *x_ahead = x_line + (first + kBatch) * conv.x.stride[2];
+    const Element *dout_ahead = dout_line + (first + kBatch) * p.dout.stride[2];
+    Element *target = dx_line + (first - kHistory) * p.dx.stride[2];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int t = first + i;
-      if (t >= reach) break;
-      if (kPacked && starts >> i & 1 && t > 0) {
+      if (!kPlain && t >= reach) break;
+      if (!kPlain && kPacked && starts >> (kHistory + i) & 1 && t > 0) {
         finish_run(t);
         row = window.start_run(conv, b, channel, t);
         run = t;
@@ -165,14 +169,15 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
       for (int c = 0; c < kChannels; ++c) {
         x[c] = x_tokens.at(i, c);
         const auto source = [&](int k) { return window.value[k][c]; };
-        float dpre = gradient_of_pre(conv, filter.convolve(conv, c, source, x[c]), dout_tokens.at(i, c));
-        const bool counts = !(kPacked && negatives >> i & 1);
+        const float pre = filter.convolve(conv, c, source, x[c]), dout = dout_tokens.at(i, c);
+        float dpre = kPlain ? dout * silu_grad(pre) : gradient_of_pre(conv, pre, dout);
+        const bool counts = kPlain || !(kPacked && negatives >> i & 1);
         if (!counts) dpre = 0.0f;
         ready[c] = fmaf(filter.weight[0][c], dpre, pending[0][c]);
 #pragma unroll
         for (int k = 1; k < kHistory; ++k) pending[k - 1][c] = fmaf(filter.weight[k][c], dpre, pending[k][c]);
         pending[kHistory - 1][c] = filter.weight[kHistory][c] * dpre;
-        if (t < end && counts) {
+        if (kPlain || (t < end && counts)) {
 #pragma unroll
           for (int k = 0; k < kHistory; ++k) {
             if (kExact || k >= missing_taps(conv)) sums.dweight[k][c] = fmaf(dpre, source(k), sums.dweight[k][c]);
@@ -181,10 +186,31 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
           sums.dbias[c] += dpre;
         }
       }
-      x_tokens.load_token(conv, conv.x, x_line, x_dense, channel, i, t + kBatch, reach);
-      dout_tokens.load_token(conv, p.dout, dout_line, dout_dense, channel, i, t + kBatch, dout_reach);
-      emit(t - kHistory, ready);
+      if constexpr (kPlain) {
+        using Line = Pack<Element, kChannels>;
+        x_tokens.packs[i] = *reinterpret_cast<const Line *>(x_ahead);
+        dout_tokens.packs[i] = *reinterpret_cast<const Line *>(dout_ahead);
+        *reinterpret_cast<Line *>(target) = Line::of(ready);
+        x_ahead += conv.x.stride[2];
+        dout_ahead += p.dout.stride[2];
+        target += p.dx.stride[2];
+      } else {
+        x_tokens.load_token(conv, conv.x, x_line, x_dense, channel, i, t + kBatch, reach);
+        dout_tokens.load_token(conv, p.dout, dout_line, dout_dense, channel, i, t + kBatch, dout_reach);
+        emit(t - kHistory, ready);
+      }
       window.push(x);
+    }
+  };
+  for (int first = begin; first < reach; first += kBatch) {
+    constexpr unsigned kMask = (1u << (kHistory + kBatch)) - 1;
+    const unsigned starts = kPacked ? Marks::from(marks.starts, begin, first - kHistory) & kMask : 0;
+    const unsigned negatives = kPacked ? Marks::from(marks.negatives, begin, first) & kMask : 0;
+    const bool inside = first >= begin + kHistory && first + 2 * kBatch <= end;
+    if (kExact && conv.silu && (starts | negatives) == 0 && inside) {
+      batch(first, starts, negatives, Flag<true>());
+    } else {
+      batch(first, starts, negatives, Flag<false>());
     }
   }
   if (reach == conv.seqlen && reach > 0) finish_run(reach);
@@ -197,43 +223,51 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
   const OxiConv &conv = p.conv;
   const Element *x_line = line(conv.x, b, channel), *dout_line = line(p.dout, b, channel);
   Element *dx_line = line_to_write(p.dx, b, channel);
-  const bool x_dense = conv.dense & OXI_CONV_X, dout_dense = conv.dense & OXI_CONV_DOUT;
-  const bool dx_dense = conv.dense & OXI_CONV_DX;
+  const bool x_dense = is_dense(conv, OXI_CONV_X), dout_dense = is_dense(conv, OXI_CONV_DOUT);
+  const bool dx_dense = is_dense(conv, OXI_CONV_DX);
   const int dout_end = p.dout.data == nullptr ? 0 : conv.seqlen;
   if (end == 0 && threadIdx.x % kWarp == 0) pass_empty_documents(p, b, channel, 0);
 
-  for (int first = begin + static_cast<int>(threadIdx.x % kWarp) * kSpan; first < end; first += kWarp * kSpan) {
+  // `plain`: the tokens are whole packs, with documents no run begins or ends among them or their halo, no id is negative.
+  const auto step = [&](int first, unsigned starts, unsigned negatives, auto plain) __attribute__((always_inline)) {
+    constexpr bool kPlain = decltype(plain)::value;
     constexpr int kReach = kSpan + kHistory;
     Tokens<kHalo> before;
     Tokens<kSpan + kHalo> x_tokens, dout_tokens;
-    before.load(conv, conv.x, x_line, x_dense, channel, first - kHalo, conv.seqlen);
-    x_tokens.load(conv, conv.x, x_line, x_dense, channel, first, conv.seqlen);
-    dout_tokens.load(conv, p.dout, dout_line, dout_dense, channel, first, dout_end);
-    // From kHistory tokens before the thread's first one to kHistory after its last.
-    const unsigned starts = kPacked ? Marks::from(marks.starts, begin, first - kHistory) : 0;
-    const unsigned negatives = kPacked ? Marks::from(marks.negatives, begin, first) : 0;
+    if constexpr (kPlain) {
+      before.load_plain(x_line, first - kHalo, conv.seqlen);
+      x_tokens.load_plain(x_line, first, conv.seqlen);
+      dout_tokens.load_plain(dout_line, first, conv.seqlen);
+    } else {
+      before.load(conv, conv.x, x_line, x_dense, channel, first - kHalo, conv.seqlen);
+      x_tokens.load(conv, conv.x, x_line, x_dense, channel, first, conv.seqlen);
+      dout_tokens.load(conv, p.dout, dout_line, dout_dense, channel, first, dout_end);
+    }
     const auto starts_at = [&](int i) __attribute__((always_inline)) { return (starts >> (kHistory + i) & 1) != 0; };
     Window window;
     window.clear();
 #pragma unroll
     for (int i = 0; i < kHistory; ++i) {
       const int t = first - kHistory + i;
-      if (kPacked ? starts_at(i - kHistory) : kSpan <= kHistory && t == 0) window.start_run(conv, b, channel, t);
+      if (!kPlain && (kPacked ? starts_at(i - kHistory) : kSpan <= kHistory && t == 0)) {
+        window.start_run(conv, b, channel, t);
+      }
       const float x[1] = {before.at(kHalo - kHistory + i, 0)};
       window.push(x);
     }
-    if (first == 0) {
+    if ((!kPlain || !kPacked) && first == 0) {
       pass_empty_documents(p, b, channel, 0);
       window.start_run(conv, b, channel, 0);
     }
     float dpre[kReach];
 #pragma unroll
     for (int i = 0; i < kReach; ++i) {
-      if (kPacked && starts_at(i) && first + i > 0) window.start_run(conv, b, channel, first + i);
+      if (!kPlain && kPacked && starts_at(i) && first + i > 0) window.start_run(conv, b, channel, first + i);
       const float x[1] = {x_tokens.at(i, 0)};
       const auto source = [&](int k) { return window.value[k][0]; };
-      dpre[i] = gradient_of_pre(conv, filter.convolve(conv, 0, source, x[0]), dout_tokens.at(i, 0));
-      const bool counts = first + i < conv.seqlen && !(kPacked && negatives >> i & 1);
+      const float pre = filter.convolve(conv, 0, source, x[0]), dout = dout_tokens.at(i, 0);
+      dpre[i] = kPlain ? dout * silu_grad(pre) : gradient_of_pre(conv, pre, dout);
+      const bool counts = (kPlain && i < kSpan) || (first + i < conv.seqlen && !(kPacked && negatives >> i & 1));
       if (!counts) dpre[i] = 0.0f;
       if (i < kSpan && counts) {
 #pragma unroll
@@ -253,7 +287,7 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
       for (int i = 0; i < kTaps; ++i) {
         if (i < lag || from - lag + i >= kReach) continue;
         const int token = from - lag + i;
-        if (kPacked && token > from && starts_at(token)) same_run = false;
+        if (!kPlain && kPacked && token > from && starts_at(token)) same_run = false;
         if (same_run) sum = fmaf(filter.weight[kHistory - i][0], dpre[token], sum);
       }
       return sum;
@@ -277,6 +311,9 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
 #pragma unroll
     for (int i = 0; i < kSpan; ++i) {
       dx[i] = gradient(i, 0);
+      if (kPlain && kPacked) continue;
+      // Without documents only the first thread of a sequence meets a beginning, only the last tokens an end.
+      if (kPlain && i > 0 && i < kSpan - kHistory) continue;
       const int t = first + i;
       const bool near_end = kPacked ? (starts >> (kHistory + i + 1) & ((1u << kHistory) - 1)) != 0
                                     : t >= conv.seqlen - kHistory;
@@ -294,7 +331,22 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
       const bool ends = kPacked ? starts_at(i + 1) : t + 1 == conv.seqlen;
       if (ends) pass_empty_documents(p, b, channel, t + 1);
     }
-    store_span(p.dx, dx_line, dx_dense, first, conv.seqlen, dx);
+    if constexpr (kPlain) {
+      *reinterpret_cast<Pack<Element, kSpan> *>(dx_line + first) = Pack<Element, kSpan>::of(dx);
+    } else {
+      store_span(p.dx, dx_line, dx_dense, first, conv.seqlen, dx);
+    }
+  };
+  for (int first = begin + static_cast<int>(threadIdx.x % kWarp) * kSpan; first < end; first += kWarp * kSpan) {
+    // From kHistory tokens before the thread's first one to kHistory after its last.
+    constexpr unsigned kMask = (1u << (kSpan + 2 * kHistory + 1)) - 1;
+    const unsigned starts = kPacked ? Marks::from(marks.starts, begin, first - kHistory) & kMask : 0;
+    const unsigned negatives = kPacked ? Marks::from(marks.negatives, begin, first) & kMask : 0;
+    if (kExact && conv.silu && (starts | negatives) == 0 && conv.seqlen % kSpan == 0) {
+      step(first, starts, negatives, Flag<true>());
+    } else {
+      step(first, starts, negatives, Flag<false>());
+    }
   }
 }
 
@@ -302,8 +354,8 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
 
 }  // namespace
 
-// What needs no more, so that as many warps as possible run at once.
-constexpr int kRegisters = kExact && !kPacked ? 168 : 208;
+// For more warps at once where that was measured; elsewhere enough for no spills.
+constexpr int kRegisters = __CUDA_ARCH__ == 900 && kExact ? 160 : 224;
 
 extern "C" __global__ void __maxnreg__(kRegisters) KERNEL(const __grid_constant__ OxiConvBackward p) {
   __shared__ Marks marks;

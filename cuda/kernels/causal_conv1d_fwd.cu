@@ -9,10 +9,10 @@
 // i % channel_blocks-th part; causal_conv1d.cuh says what of it belongs to a thread. A thread that owns token t writes the
 // final states of documents that end with it.
 //
-// Phases: with DOCUMENTS mark where runs begin, a barrier; then without one: the inputs before the first token; along
+// Phases: unless PLAIN mark where runs begin, a barrier; then without one: the inputs before the first token; along
 // channels token by token, each loaded kBatch tokens ahead; along tokens a step of the warp after the other.
 //
-// Shared memory: with DOCUMENTS two bits for each token of the span, 544 bytes. fp32: everything between loads and stores.
+// Shared memory: unless PLAIN two bits for each token of the span, 544 bytes. fp32: everything between loads and stores.
 
 #include "causal_conv1d.cuh"
 
@@ -25,13 +25,13 @@ __device__ __forceinline__ float activate(const OxiConv &p, float pre) { return 
 #if LAYOUT == LAST
 
 // How many tokens ahead one is loaded.
-constexpr int kBatch = 4;
+constexpr int kBatch = 8;
 
 __device__ __forceinline__ void walk(const OxiConv &p, const Marks &marks, long long b, int channel, int begin,
                                            int end) {
   const Element *x_line = line(p.x, b, channel);
   Element *out_line = line_to_write(p.out, b, channel);
-  const bool x_dense = p.dense & OXI_CONV_X, out_dense = p.dense & OXI_CONV_OUT;
+  const bool x_dense = is_dense(p, OXI_CONV_X), out_dense = is_dense(p, OXI_CONV_OUT);
   Tokens<kHistory> before;
   before.load(p, p.x, x_line, x_dense, channel, begin - kHistory, begin);
   Tokens<kBatch> tokens;
@@ -54,14 +54,16 @@ __device__ __forceinline__ void walk(const OxiConv &p, const Marks &marks, long 
     window.start_run(p, b, channel, 0);
   }
 
-  for (int first = begin; first < end; first += kBatch) {
-    const unsigned starts = kPacked ? Marks::from(marks.starts, begin, first) : 0;
-    const unsigned negatives = kPacked ? Marks::from(marks.negatives, begin, first) : 0;
+  // `plain`: the batch and the next one are whole, no run begins in it, no id is negative.
+  const auto batch = [&](int first, unsigned starts, unsigned negatives, auto plain) __attribute__((always_inline)) {
+    constexpr bool kPlain = decltype(plain)::value;
+    const Element *ahead = x_line + (first + kBatch) * p.x.stride[2];
+    Element *target = out_line + first * p.out.stride[2];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int t = first + i;
-      if (t >= end) break;
-      if (kPacked && starts >> i & 1 && t > 0) {
+      if (!kPlain && t >= end) break;
+      if (!kPlain && kPacked && starts >> i & 1 && t > 0) {
         if (t > begin) store_final_states(p, b, channel, t, window);
         window.start_run(p, b, channel, t);
       }
@@ -70,12 +72,31 @@ __device__ __forceinline__ void walk(const OxiConv &p, const Marks &marks, long 
       for (int c = 0; c < kChannels; ++c) {
         x[c] = tokens.at(i, c);
         const auto before = [&](int k) { return window.value[k][c]; };
-        out[c] = activate(p, filter.convolve(p, c, before, x[c]));
-        if (kPacked && negatives >> i & 1) out[c] = 0.0f;
+        const float pre = filter.convolve(p, c, before, x[c]);
+        out[c] = kPlain ? silu(pre) : activate(p, pre);
+        if (!kPlain && kPacked && negatives >> i & 1) out[c] = 0.0f;
       }
-      tokens.load_token(p, p.x, x_line, x_dense, channel, i, t + kBatch, end);
-      store_channels(p, p.out, out_line, out_dense, channel, t, out);
+      if constexpr (kPlain) {
+        using Line = Pack<Element, kChannels>;
+        tokens.packs[i] = *reinterpret_cast<const Line *>(ahead);
+        *reinterpret_cast<Line *>(target) = Line::of(out);
+        ahead += p.x.stride[2];
+        target += p.out.stride[2];
+      } else {
+        tokens.load_token(p, p.x, x_line, x_dense, channel, i, t + kBatch, end);
+        store_channels(p, p.out, out_line, out_dense, channel, t, out);
+      }
       window.push(x);
+    }
+  };
+  for (int first = begin; first < end; first += kBatch) {
+    constexpr unsigned kMask = (1u << kBatch) - 1;
+    const unsigned starts = kPacked ? Marks::from(marks.starts, begin, first) & kMask : 0;
+    const unsigned negatives = kPacked ? Marks::from(marks.negatives, begin, first) & kMask : 0;
+    if (kExact && p.silu && (starts | negatives) == 0 && first + 2 * kBatch <= end) {
+      batch(first, starts, negatives, Flag<true>());
+    } else {
+      batch(first, starts, negatives, Flag<false>());
     }
   }
   if (end > 0) store_final_states(p, b, channel, end, window);
@@ -87,47 +108,68 @@ __device__ __forceinline__ void walk(const OxiConv &p, const Marks &marks, long 
                                          int end) {
   const Element *x_line = line(p.x, b, channel);
   Element *out_line = line_to_write(p.out, b, channel);
-  const bool x_dense = p.dense & OXI_CONV_X, out_dense = p.dense & OXI_CONV_OUT;
+  const bool x_dense = is_dense(p, OXI_CONV_X), out_dense = is_dense(p, OXI_CONV_OUT);
   const Filter filter(p, channel);
   Window window;
   if (end == 0 && threadIdx.x % kWarp == 0) store_final_states(p, b, channel, 0, window);
 
-  for (int first = begin + static_cast<int>(threadIdx.x % kWarp) * kSpan; first < end; first += kWarp * kSpan) {
+  // `plain`: the tokens are whole packs, with documents no run begins or ends among them or their halo, no id is negative.
+  const auto step = [&](int first, unsigned starts, unsigned negatives, auto plain) __attribute__((always_inline)) {
+    constexpr bool kPlain = decltype(plain)::value;
     Tokens<kHalo> before;
     Tokens<kSpan> tokens;
-    before.load(p, p.x, x_line, x_dense, channel, first - kHalo, p.seqlen);
-    tokens.load(p, p.x, x_line, x_dense, channel, first, p.seqlen);
-    // From kHistory tokens before the thread's first one to the one after its last.
-    const unsigned starts = kPacked ? Marks::from(marks.starts, begin, first - kHistory) : 0;
-    const unsigned negatives = kPacked ? Marks::from(marks.negatives, begin, first) : 0;
-    window.clear();
+    if constexpr (kPlain) {
+      before.load_plain(x_line, first - kHalo, p.seqlen);
+      tokens.load_plain(x_line, first, p.seqlen);
+    } else {
+      before.load(p, p.x, x_line, x_dense, channel, first - kHalo, p.seqlen);
+      tokens.load(p, p.x, x_line, x_dense, channel, first, p.seqlen);
+      window.clear();
+    }
 #pragma unroll
     for (int i = 0; i < kHistory; ++i) {
       const int t = first - kHistory + i;
-      if (kPacked ? starts >> i & 1 : kSpan <= kHistory && t == 0) window.start_run(p, b, channel, t);
+      if (!kPlain && (kPacked ? starts >> i & 1 : kSpan <= kHistory && t == 0)) window.start_run(p, b, channel, t);
       const float x[1] = {before.at(kHalo - kHistory + i, 0)};
       window.push(x);
     }
-    if (first == 0) {
+    if ((!kPlain || !kPacked) && first == 0) {
       store_final_states(p, b, channel, 0, window);
       window.start_run(p, b, channel, 0);
     }
     float out[kSpan];
 #pragma unroll
     for (int i = 0; i < kSpan; ++i) {
-      if (kPacked && starts >> (kHistory + i) & 1 && first + i > 0) {
+      if (!kPlain && kPacked && starts >> (kHistory + i) & 1 && first + i > 0) {
         if (i > 0) store_final_states(p, b, channel, first + i, window);
         window.start_run(p, b, channel, first + i);
       }
       const float x[1] = {tokens.at(i, 0)};
       const auto before_it = [&](int k) { return window.value[k][0]; };
-      out[i] = activate(p, filter.convolve(p, 0, before_it, x[0]));
-      if (kPacked && negatives >> i & 1) out[i] = 0.0f;
+      const float pre = filter.convolve(p, 0, before_it, x[0]);
+      out[i] = kPlain ? silu(pre) : activate(p, pre);
+      if (!kPlain && kPacked && negatives >> i & 1) out[i] = 0.0f;
       window.push(x);
-      if (!kPacked && first + i + 1 == p.seqlen) store_final_states(p, b, channel, p.seqlen, window);
+      if (!kPlain && !kPacked && first + i + 1 == p.seqlen) store_final_states(p, b, channel, p.seqlen, window);
+    }
+    if constexpr (kPlain) {
+      *reinterpret_cast<Pack<Element, kSpan> *>(out_line + first) = Pack<Element, kSpan>::of(out);
+      if (!kPacked && first + kSpan == p.seqlen) store_final_states(p, b, channel, p.seqlen, window);
+      return;
     }
     store_span(p.out, out_line, out_dense, first, p.seqlen, out);
     if (kPacked && starts >> (kHistory + kSpan) & 1) store_final_states(p, b, channel, first + kSpan, window);
+  };
+  for (int first = begin + static_cast<int>(threadIdx.x % kWarp) * kSpan; first < end; first += kWarp * kSpan) {
+    // From kHistory tokens before the thread's first one to the one after its last.
+    constexpr unsigned kMask = (1u << (kHistory + kSpan + 1)) - 1;
+    const unsigned starts = kPacked ? Marks::from(marks.starts, begin, first - kHistory) & kMask : 0;
+    const unsigned negatives = kPacked ? Marks::from(marks.negatives, begin, first) & kMask : 0;
+    if (kExact && p.silu && (starts | negatives) == 0 && p.seqlen % kSpan == 0) {
+      step(first, starts, negatives, Flag<true>());
+    } else {
+      step(first, starts, negatives, Flag<false>());
+    }
   }
 }
 
@@ -135,7 +177,10 @@ __device__ __forceinline__ void walk(const OxiConv &p, const Marks &marks, long 
 
 }  // namespace
 
-extern "C" __global__ void __maxnreg__(128) KERNEL(const __grid_constant__ OxiConv p) {
+// For more warps at once where that was measured; elsewhere enough for no spills.
+constexpr int kRegisters = __CUDA_ARCH__ == 900 && !kPacked ? 128 : 168;
+
+extern "C" __global__ void __maxnreg__(kRegisters) KERNEL(const __grid_constant__ OxiConv p) {
   __shared__ Marks marks;
 
   const long long span = blockIdx.x / p.channel_blocks;

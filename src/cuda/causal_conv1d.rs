@@ -3,7 +3,8 @@
 use super::launch::{Block, Stream, WARP};
 use super::params::{
     self, OXI_CONV_DOUT, OXI_CONV_DX, OXI_CONV_OUT, OXI_CONV_WEIGHT, OXI_CONV_X,
-    OXI_MAX_MARKED_TOKENS, OxiConv, OxiConvBackward, OxiConvParameters, VECTOR,
+    OXI_EXACT_CONV_WIDTH, OXI_MAX_MARKED_TOKENS, OxiConv, OxiConvBackward, OxiConvParameters,
+    VECTOR,
 };
 use crate::error::{Error, Result};
 use crate::ops::causal_conv1d::{ConvGradients, ConvInputs};
@@ -13,8 +14,6 @@ use crate::tensor::{DType, View};
 const BLOCK_WARPS: usize = 2;
 /// Warps of a block where each has a channel.
 const CHANNEL_WARPS: usize = 4;
-/// Taps that are compiled for exactly.
-const EXACT_WIDTH: usize = 4;
 /// Spans start at multiples of what a thread moves at once.
 const SPAN_UNIT: usize = 8;
 /// Tokens of a span: enough for its halo not to count, few enough for all multiprocessors to have one.
@@ -22,10 +21,19 @@ const MIN_SPAN: usize = 32;
 /// Along tokens: of a warp's steps.
 const TOKENS_OF_WARP: usize = 2048;
 
+/// The values of the axis FORM.
+#[derive(Clone, Copy, PartialEq)]
+enum Form {
+    Plain,
+    Packed,
+    Any,
+}
+
 /// How a call is shared out.
 struct Plan {
-    /// Choices of ELEMENT, LAYOUT, WIDTH, DOCUMENTS.
-    choices: [usize; 4],
+    /// Choices of ELEMENT, LAYOUT, FORM.
+    choices: [usize; 3],
+    form: Form,
     along_tokens: bool,
     /// Elements that a thread moves at once.
     width: usize,
@@ -34,45 +42,46 @@ struct Plan {
 }
 
 impl Plan {
-    fn new(inputs: &ConvInputs, dtype: DType) -> Self {
+    /// Of a call with these tensors beside x; None where there is none of them.
+    fn new(inputs: &ConvInputs, dtype: DType, others: &[Option<&View<3>>]) -> Self {
         let dims = inputs.dims;
         // Where neither is dense, along tokens: a lane's elements are then at least a line of memory.
         let along_tokens = inputs.x.strides()[1] != 1 || (dims.dim == 1 && dims.seqlen > 1);
-        let exact = dims.width == EXACT_WIDTH;
+        // kChannels of the kernels, for their exact width and for others.
+        let width_of =
+            |channels: usize| if along_tokens { VECTOR / dtype.size() } else { channels };
+        let (exact_width, any_width) = (width_of(8 / dtype.size()), width_of(2));
+        let dense = |view: &View<3>| is_dense(view, along_tokens, exact_width);
+        let exact = dims.width == OXI_EXACT_CONV_WIDTH as usize
+            && dense(&inputs.x)
+            && others.iter().all(|view| view.is_some_and(dense));
         let packed = inputs.seq_idx.is_some() || inputs.cu_seqlens.is_some();
-        let choices =
-            [params::dtype(dtype) as usize, along_tokens.into(), (!exact).into(), packed.into()];
-        // kChannels of the kernels.
-        let channels = if exact { 8 / dtype.size() } else { 2 };
+        let form = match (exact, packed) {
+            (true, false) => Form::Plain,
+            (true, true) => Form::Packed,
+            (false, _) => Form::Any,
+        };
+        let width = if exact { exact_width } else { any_width };
         let (warps, per_block) = if along_tokens {
             (CHANNEL_WARPS, CHANNEL_WARPS)
         } else {
-            let warps = dims.dim.div_ceil(channels * WARP).clamp(1, BLOCK_WARPS);
-            (warps, warps * WARP * channels)
+            let warps = dims.dim.div_ceil(width * WARP).clamp(1, BLOCK_WARPS);
+            (warps, warps * WARP * width)
         };
         Plan {
-            choices,
+            choices: [params::dtype(dtype) as usize, along_tokens.into(), form as usize],
+            form,
             along_tokens,
-            width: if along_tokens { VECTOR / dtype.size() } else { channels },
+            width,
             block: Block::of(warps * WARP),
             channel_blocks: dims.dim.div_ceil(per_block),
         }
     }
 
-    /// Whether the lines of a tensor that a thread goes along move in packs.
-    fn is_dense(&self, view: &View<3>, dim: usize) -> bool {
-        if self.along_tokens {
-            return params::is_dense(view, self.width);
-        }
-        let bytes = (self.width * view.dtype.size()) as isize;
-        let aligned = |axis: usize| {
-            view.shape[axis] <= 1 || view.strides()[axis] * view.dtype.size() as isize % bytes == 0
-        };
-        dim.is_multiple_of(self.width)
-            && view.strides()[1] == 1
-            && view.data() as isize % bytes == 0
-            && aligned(0)
-            && aligned(2)
+    /// The bit if lines of the tensor move in packs.
+    fn flag(&self, view: Option<&View<3>>, bit: u32) -> i32 {
+        let dense = view.is_some_and(|view| is_dense(view, self.along_tokens, self.width));
+        if dense { bit as i32 } else { 0 }
     }
 
     /// Tokens of a span where about `spans` of them are wanted of all sequences together.
@@ -84,7 +93,8 @@ impl Plan {
             let of_sequence = (spans / dims.batch.max(1)).max(1);
             dims.seqlen.div_ceil(of_sequence).max(MIN_SPAN)
         };
-        let most = if self.choices[3] == 1 { OXI_MAX_MARKED_TOKENS as usize } else { usize::MAX };
+        let most =
+            if self.form != Form::Plain { OXI_MAX_MARKED_TOKENS as usize } else { usize::MAX };
         tokens
             .next_multiple_of(SPAN_UNIT)
             .min(most)
@@ -103,21 +113,17 @@ impl Plan {
         }
         let spans_of_sequence = dims.seqlen.div_ceil(tokens).max(1);
         let ndocs = inputs.cu_seqlens.as_ref().map_or(1, |bounds| bounds.shape[0] - 1);
-        let flag = |set: bool, bit: u32| if set { bit as i32 } else { 0 };
         let wide = |dtype: DType| i32::from(dtype == DType::F32);
-        let row = EXACT_WIDTH * inputs.weight.dtype.size();
-        let weight_is_dense = dims.width == EXACT_WIDTH
-            && inputs.weight.strides()[1] == 1
-            && (inputs.weight.data() as usize).is_multiple_of(row)
-            && inputs.weight.strides()[0] * inputs.weight.dtype.size() as isize % row as isize == 0;
+        let row = OXI_EXACT_CONV_WIDTH as usize;
+        let weight_is_dense = dims.width == row && params::is_dense(&inputs.weight, row);
         Ok(OxiConv {
             dim: params::size("x", "dim", dims.dim)?,
             width: dims.width as i32,
             seqlen: dims.seqlen as i32,
             ndocs: params::size("cu_seqlens", "ndocs", ndocs)?,
             silu: inputs.silu.into(),
-            dense: flag(self.is_dense(&inputs.x, dims.dim), OXI_CONV_X)
-                | flag(weight_is_dense, OXI_CONV_WEIGHT),
+            dense: self.flag(Some(&inputs.x), OXI_CONV_X)
+                | if weight_is_dense { OXI_CONV_WEIGHT as i32 } else { 0 },
             wide_weight: wide(inputs.weight.dtype),
             wide_initial_states: inputs.initial_states.map_or(0, |states| wide(states.dtype)),
             state_a_document: inputs.initial_states.is_some_and(|s| s.shape[0] == ndocs).into(),
@@ -139,6 +145,22 @@ impl Plan {
     }
 }
 
+/// Whether the lines of a tensor (batch, dim, seqlen) along tokens, or along channels, move in packs of `width` elements.
+fn is_dense(view: &View<3>, along_tokens: bool, width: usize) -> bool {
+    if along_tokens {
+        return params::is_dense(view, width);
+    }
+    let bytes = (width * view.dtype.size()) as isize;
+    let aligned = |axis: usize| {
+        view.shape[axis] <= 1 || view.strides()[axis] * view.dtype.size() as isize % bytes == 0
+    };
+    view.shape[1].is_multiple_of(width)
+        && view.strides()[1] == 1
+        && view.data() as isize % bytes == 0
+        && aligned(0)
+        && aligned(2)
+}
+
 /// Positions are 32-bit numbers, also those some batches past the last token.
 const MAX_SEQLEN: usize = i32::MAX as usize - 4096;
 
@@ -153,15 +175,13 @@ pub fn forward(
     if dims.batch * dims.dim == 0 {
         return Ok(());
     }
-    let plan = Plan::new(inputs, dtype);
+    let plan = Plan::new(inputs, dtype, &[Some(out)]);
     let resident = stream.resident_blocks::<OxiConv>(&plan.choices, plan.block)?;
     let tokens = plan.tokens(inputs, WAVES * resident / plan.channel_blocks);
     let mut params = plan.params(inputs, tokens)?;
     params.out = Some(out).into();
     params.final_states = final_states.into();
-    if plan.is_dense(out, dims.dim) {
-        params.dense |= OXI_CONV_OUT as i32;
-    }
+    params.dense |= plan.flag(Some(out), OXI_CONV_OUT);
     let blocks = params.spans as usize * plan.channel_blocks;
     stream.launch(&params, &plan.choices, [blocks, 1, 1], plan.block)
 }
@@ -183,22 +203,17 @@ pub fn backward(
     }
     let mut span_blocks = 0;
     if dims.batch > 0 {
-        let plan = Plan::new(inputs, dtype);
+        let dout = gradients.dout.as_ref();
+        let plan = Plan::new(inputs, dtype, &[dout, Some(&gradients.dx)]);
         let resident = stream.resident_blocks::<OxiConvBackward>(&plan.choices, plan.block)?;
         let at_once = (resident / plan.channel_blocks).clamp(1, partials.shape[0]);
         let tokens = plan.tokens(inputs, at_once);
         let mut conv = plan.params(inputs, tokens)?;
-        for (view, bit) in
-            [(gradients.dout.as_ref(), OXI_CONV_DOUT), (Some(&gradients.dx), OXI_CONV_DX)]
-        {
-            if view.is_some_and(|view| plan.is_dense(view, dims.dim)) {
-                conv.dense |= bit as i32;
-            }
-        }
+        conv.dense |= plan.flag(dout, OXI_CONV_DOUT) | plan.flag(Some(&gradients.dx), OXI_CONV_DX);
         span_blocks = partials.shape[0].min(conv.spans as usize);
         let params = OxiConvBackward {
             conv,
-            dout: gradients.dout.as_ref().into(),
+            dout: dout.into(),
             dx: Some(&gradients.dx).into(),
             dfinal_states: gradients.dfinal_states.as_ref().into(),
             dinitial_states: gradients.dinitial_states.as_ref().into(),

@@ -73,19 +73,17 @@ const ROWS: Axis = Axis { define: "ROWS", values: &["0", "1", "2", "4"] };
 /// Along which dimension a thread's elements are neighbours, channels or tokens: it decides who shares what.
 const LAYOUT: Axis = Axis { define: "LAYOUT", values: &["LAST", "FIRST"] };
 
-/// Taps: 4, which models have, unrolled exactly; any other number within 8.
-const WIDTH: Axis = Axis { define: "WIDTH", values: &["4", "8"] };
-
-/// Whether there is seq_idx or cu_seqlens: looked at for every token.
-const DOCUMENTS: Axis = Axis { define: "DOCUMENTS", values: &["0", "1"] };
+/// What models call the convolution with, width 4 and dense lines, without documents and with them; anything else. Tests
+/// for it at every token would take as long as moving its bytes.
+const FORM: Axis = Axis { define: "FORM", values: &["PLAIN", "PACKED", "ANY"] };
 
 /// One token, to lines of the state that move at once: of how many sequences a thread has them, several for loads enough
 /// under way; 0: any call.
 const SEQUENCES: Axis = Axis { define: "SEQUENCES", values: &["0", "1", "4"] };
 
 pub const KERNELS: [Kernel; 9] = number([
-    kernel("causal_conv1d_fwd", &[ELEMENT, LAYOUT, WIDTH, DOCUMENTS]),
-    kernel("causal_conv1d_bwd", &[ELEMENT, LAYOUT, WIDTH, DOCUMENTS]),
+    kernel("causal_conv1d_fwd", &[ELEMENT, LAYOUT, FORM]),
+    kernel("causal_conv1d_bwd", &[ELEMENT, LAYOUT, FORM]),
     kernel("causal_conv1d_bwd_parameters", &[]),
     kernel("causal_conv1d_update", &[ELEMENT, SEQUENCES]),
     kernel("causal_conv1d_varlen_states", &[ELEMENT]),
