@@ -302,8 +302,16 @@ struct Tokens {
     }
   }
 
+  // As `load`, of tokens that are all there, in dense lines (FIRST).
+  __device__ __forceinline__ void load_plain(const Element *line, int first) {
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      packs[i] = *reinterpret_cast<const Pack<Element, kPack> *>(line + first + i * kSpan);
+    }
+  }
+
   // As `load`, of packs that are whole or not there at all, in dense lines (FIRST).
-  __device__ __forceinline__ void load_plain(const Element *line, int first, int end) {
+  __device__ __forceinline__ void load_whole(const Element *line, int first, int end) {
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
       const int t = first + i * kSpan;

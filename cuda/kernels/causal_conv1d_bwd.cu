@@ -228,16 +228,16 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
   const int dout_end = p.dout.data == nullptr ? 0 : conv.seqlen;
   if (end == 0 && threadIdx.x % kWarp == 0) pass_empty_documents(p, b, channel, 0);
 
-  // `plain`: the tokens are whole packs, with documents no run begins or ends among them or their halo, no id is negative.
+  // `plain`: the tokens and their halo are there, no run begins among them, no id is negative.
   const auto step = [&](int first, unsigned starts, unsigned negatives, auto plain) __attribute__((always_inline)) {
     constexpr bool kPlain = decltype(plain)::value;
     constexpr int kReach = kSpan + kHistory;
     Tokens<kHalo> before;
     Tokens<kSpan + kHalo> x_tokens, dout_tokens;
     if constexpr (kPlain) {
-      before.load_plain(x_line, first - kHalo, conv.seqlen);
-      x_tokens.load_plain(x_line, first, conv.seqlen);
-      dout_tokens.load_plain(dout_line, first, conv.seqlen);
+      before.load_plain(x_line, first - kHalo);
+      x_tokens.load_plain(x_line, first);
+      dout_tokens.load_plain(dout_line, first);
     } else {
       before.load(conv, conv.x, x_line, x_dense, channel, first - kHalo, conv.seqlen);
       x_tokens.load(conv, conv.x, x_line, x_dense, channel, first, conv.seqlen);
@@ -255,7 +255,7 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
       const float x[1] = {before.at(kHalo - kHistory + i, 0)};
       window.push(x);
     }
-    if ((!kPlain || !kPacked) && first == 0) {
+    if (!kPlain && first == 0) {
       pass_empty_documents(p, b, channel, 0);
       window.start_run(conv, b, channel, 0);
     }
@@ -267,7 +267,7 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
       const auto source = [&](int k) { return window.value[k][0]; };
       const float pre = filter.convolve(conv, 0, source, x[0]), dout = dout_tokens.at(i, 0);
       dpre[i] = kPlain ? dout * silu_grad(pre) : gradient_of_pre(conv, pre, dout);
-      const bool counts = (kPlain && i < kSpan) || (first + i < conv.seqlen && !(kPacked && negatives >> i & 1));
+      const bool counts = kPlain || (first + i < conv.seqlen && !(kPacked && negatives >> i & 1));
       if (!counts) dpre[i] = 0.0f;
       if (i < kSpan && counts) {
 #pragma unroll
@@ -311,9 +311,7 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
 #pragma unroll
     for (int i = 0; i < kSpan; ++i) {
       dx[i] = gradient(i, 0);
-      if (kPlain && kPacked) continue;
-      // Without documents only the first thread of a sequence meets a beginning, only the last tokens an end.
-      if (kPlain && i > 0 && i < kSpan - kHistory) continue;
+      if constexpr (kPlain) continue;
       const int t = first + i;
       const bool near_end = kPacked ? (starts >> (kHistory + i + 1) & ((1u << kHistory) - 1)) != 0
                                     : t >= conv.seqlen - kHistory;
@@ -342,7 +340,9 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
     constexpr unsigned kMask = (1u << (kSpan + 2 * kHistory + 1)) - 1;
     const unsigned starts = kPacked ? Marks::from(marks.starts, begin, first - kHistory) & kMask : 0;
     const unsigned negatives = kPacked ? Marks::from(marks.negatives, begin, first) & kMask : 0;
-    if (kExact && conv.silu && (starts | negatives) == 0 && conv.seqlen % kSpan == 0) {
+    const bool inside = first >= kHalo && first + kSpan + kHalo <= conv.seqlen;
+    // A document may end kHistory tokens after the thread's last one: the mask reaches one further than tokens do.
+    if (kExact && conv.silu && (starts | negatives) == 0 && inside && (kPacked || first + kSpan + kHistory < conv.seqlen)) {
       step(first, starts, negatives, Flag<true>());
     } else {
       step(first, starts, negatives, Flag<false>());

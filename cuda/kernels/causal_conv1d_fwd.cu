@@ -119,8 +119,8 @@ __device__ __forceinline__ void walk(const OxiConv &p, const Marks &marks, long 
     Tokens<kHalo> before;
     Tokens<kSpan> tokens;
     if constexpr (kPlain) {
-      before.load_plain(x_line, first - kHalo, p.seqlen);
-      tokens.load_plain(x_line, first, p.seqlen);
+      before.load_whole(x_line, first - kHalo, p.seqlen);
+      tokens.load_whole(x_line, first, p.seqlen);
     } else {
       before.load(p, p.x, x_line, x_dense, channel, first - kHalo, p.seqlen);
       tokens.load(p, p.x, x_line, x_dense, channel, first, p.seqlen);
