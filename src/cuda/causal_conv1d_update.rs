@@ -68,7 +68,6 @@ pub fn update(
         weight: Some(&inputs.weight).into(),
         bias: params::vector(inputs.bias.as_ref()),
         intermediate: inputs.intermediate.as_ref().into(),
-        ..Default::default()
     };
     let choices = [params::dtype(dtype) as usize, choice];
     let blocks = dims.batch.div_ceil(sequences) * channel_blocks;
