@@ -15,29 +15,19 @@
 using namespace oxi;
 
 extern "C" __global__ void __launch_bounds__(kWarp *kWarp) KERNEL(const __grid_constant__ OxiConvParameters p) {
-  __shared__ float sums[kWarp][kWarp + 1];
-
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
   const long long columns = static_cast<long long>(p.dim) * (p.width + 1);
   const long long first = static_cast<long long>(blockIdx.x) * kWarp;
 
   wait_for_earlier_work();
-  float sum = 0.0f;
-  if (first + lane < columns) {
-#pragma unroll 4
-    for (int row = warp; row < p.blocks; row += kWarp) sum += p.partials[row * columns + first + lane];
-  }
-  sums[warp][lane] = sum;
-  __syncthreads();
-  float total[1] = {sums[lane][warp]};
-  warp_sum(total);
+  const float total = column_sum(p.partials, p.blocks, columns, first);
   const long long column = first + warp;
   if (lane != 0 || column >= columns) return;
   const long long tap = column / p.dim, channel = column % p.dim;
   if (tap < p.width) {
-    store_scalar(p.dweight.data, p.dweight_dtype, channel * p.dweight.stride[0] + tap * p.dweight.stride[1], total[0]);
+    store_scalar(p.dweight.data, p.dweight_dtype, channel * p.dweight.stride[0] + tap * p.dweight.stride[1], total);
   } else if (p.dbias.data != nullptr) {
-    store_scalar(p.dbias.data, p.dbias.dtype, channel * p.dbias.step, total[0]);
+    store_scalar(p.dbias.data, p.dbias.dtype, channel * p.dbias.step, total);
   }
 }

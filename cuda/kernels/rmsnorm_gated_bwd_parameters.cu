@@ -15,27 +15,17 @@
 using namespace oxi;
 
 extern "C" __global__ void __launch_bounds__(kWarp *kWarp) KERNEL(const __grid_constant__ OxiNormParameters p) {
-  __shared__ float sums[kWarp][kWarp + 1];
-
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
   const long long columns = static_cast<long long>(p.dim) * (p.dbias.data != nullptr ? 2 : 1);
   const long long first = static_cast<long long>(blockIdx.x) * kWarp;
 
   wait_for_earlier_work();
-  float sum = 0.0f;
-  if (first + lane < columns) {
-#pragma unroll 4
-    for (int row = warp; row < p.blocks; row += kWarp) sum += p.partials[row * columns + first + lane];
-  }
-  sums[warp][lane] = sum;
-  __syncthreads();
-  float total[1] = {sums[lane][warp]};
-  warp_sum(total);
+  const float total = column_sum(p.partials, p.blocks, columns, first);
   const long long column = first + warp;
   if (lane == 0 && column < columns) {
     const OxiVector &gradient = column < p.dim ? p.dweight : p.dbias;
     const long long element = column < p.dim ? column : column - p.dim;
-    store_scalar(gradient.data, gradient.dtype, element * gradient.step, total[0]);
+    store_scalar(gradient.data, gradient.dtype, element * gradient.step, total);
   }
 }
