@@ -63,11 +63,6 @@ __device__ __forceinline__ Element *line_to_write(const OxiTensor3 &tensor, long
   return const_cast<Element *>(line(tensor, b, channel));
 }
 
-// An element of a tensor of x's dtype or fp32.
-__device__ __forceinline__ float either(const void *data, long long offset, bool wide) {
-  return wide ? static_cast<const float *>(data)[offset] : to_float(static_cast<const Element *>(data)[offset]);
-}
-
 // Parameters of a thread's channels, 0 for taps and channels that there are not.
 struct Filter {
   float weight[kTaps][kChannels];
@@ -82,7 +77,7 @@ struct Filter {
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) {
       const bool has = p.bias.data != nullptr && channel + c < p.dim;
-      bias[c] = has ? either(p.bias.data, (channel + c) * p.bias.step, p.bias.dtype == OXI_F32) : 0.0f;
+      bias[c] = has ? load_either<Element>(p.bias.data, (channel + c) * p.bias.step, p.bias.dtype == OXI_F32) : 0.0f;
     }
   }
 
@@ -130,9 +125,7 @@ __device__ __forceinline__ float silu_grad(float x) {
 // Where document i begins, i up to ndocs.
 __device__ __forceinline__ long long document_bound(const OxiConv &p, int i) {
   if (p.cu_seqlens == nullptr) return i == 0 ? 0 : p.seqlen;
-  const long long offset = i * p.cu_seqlens_step;
-  return p.cu_seqlens_are_64_bit ? static_cast<const long long *>(p.cu_seqlens)[offset]
-                                 : static_cast<const int *>(p.cu_seqlens)[offset];
+  return load_integer(p.cu_seqlens, i * p.cu_seqlens_step, p.cu_seqlens_are_64_bit);
 }
 
 // The first document that ends at or after a position; ndocs if none does.
@@ -172,7 +165,8 @@ __device__ __forceinline__ long long state_offset(const OxiTensor3 &states, long
 // An element of this row of the initial states; 0 if there is none.
 __device__ __forceinline__ float initial_value(const OxiConv &p, long long row, int channel, int column) {
   if (p.initial_states.data == nullptr || row < 0 || column < 0 || channel >= p.dim) return 0.0f;
-  return either(p.initial_states.data, state_offset(p.initial_states, row, channel, column), p.wide_initial_states);
+  const long long offset = state_offset(p.initial_states, row, channel, column);
+  return load_either<Element>(p.initial_states.data, offset, p.wide_initial_states);
 }
 
 // The inputs before a token, oldest first.
@@ -252,7 +246,8 @@ struct Marks {
 
 // Write the final states of the documents that end at `end`: what a window holds there, and of those without a token
 // their initial states.
-__device__ __forceinline__ void store_final_states(const OxiConv &p, long long b, int channel, int end, const Window &window) {
+__device__ __forceinline__ void store_final_states(const OxiConv &p, long long b, int channel, int end,
+                                                   const Window &window) {
   if (p.final_states.data == nullptr) return;
   for (int document = first_to_end(p, end); document < p.ndocs; ++document) {
     if (document_bound(p, document + 1) != end) break;
@@ -331,16 +326,35 @@ struct Tokens {
 
 #if LAYOUT == LAST
 // Store a token's channels.
-__device__ __forceinline__ void store_channels(const OxiConv &p, const OxiTensor3 &tensor, Element *line, bool dense, int channel,
-                                      int t, const float (&values)[kChannels]) {
+__device__ __forceinline__ void store_channels(const OxiConv &p, const OxiTensor3 &tensor, Element *line, bool dense,
+                                               int channel, int t, const float (&values)[kChannels]) {
   store_pack(line + t * tensor.stride[2], tensor.stride[1], 0, dense ? kChannels : p.dim - channel, dense,
              Pack<Element, kChannels>::of(values));
+}
+
+// The inputs before a span's first token; where a sequence begins with it, zeros.
+__device__ __forceinline__ Window window_before(const OxiConv &p, const Marks &marks, long long b, int channel, int begin,
+                                                const Element *x_line, bool x_dense) {
+  Tokens<kHistory> before;
+  before.load(p, p.x, x_line, x_dense, channel, begin - kHistory, begin);
+  const unsigned starts = kPacked ? Marks::from(marks.starts, begin, begin - kHistory) : 0;
+  Window window;
+  window.clear();
+#pragma unroll
+  for (int i = 0; i < kHistory; ++i) {
+    if (kPacked && starts >> i & 1) window.start_run(p, b, channel, begin - kHistory + i);
+    float x[kChannels];
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) x[c] = before.at(i, c);
+    window.push(x);
+  }
+  return window;
 }
 
 #else
 // Store kSpan tokens of a channel.
 __device__ __forceinline__ void store_span(const OxiTensor3 &tensor, Element *line, bool dense, int first, int end,
-                                  const float (&values)[kSpan]) {
+                                           const float (&values)[kSpan]) {
   store_pack(line, tensor.stride[2], first, end, dense && first + kSpan <= end, Pack<Element, kSpan>::of(values));
 }
 #endif

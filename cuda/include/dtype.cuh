@@ -138,6 +138,17 @@ struct Either {
   __device__ operator float() const { return wide ? __uint_as_float(word) : low(half, T()); }
 };
 
+// An element of fp32 if `wide`, otherwise of T, where a thread may wait for it.
+template <typename T>
+__device__ inline float load_either(const void *data, long long offset, bool wide) {
+  return wide ? static_cast<const float *>(data)[offset] : to_float(static_cast<const T *>(data)[offset]);
+}
+
+// An element of 64 bits or of 32: positions and indices.
+__device__ inline long long load_integer(const void *data, long long offset, bool is_64_bit) {
+  return is_64_bit ? static_cast<const long long *>(data)[offset] : static_cast<const int *>(data)[offset];
+}
+
 // Store an element of a tensor whose dtype is known at run time.
 __device__ inline void store_scalar(void *data, int dtype, long long offset, float value) {
   if (dtype == OXI_F32) {

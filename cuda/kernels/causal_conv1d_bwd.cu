@@ -14,10 +14,9 @@
 // until the last span, and are then the block's row of partials.
 //
 // Phases, for each span: unless PLAIN mark where runs begin, between barriers; then without one: the inputs before the
-// first token; tokens to width - 1 past the last one. Along channels each token is loaded kBatch tokens ahead;
-// the gradients of the last width - 1 sources stay in registers until they are whole. Along
-// tokens dpre of a thread's tokens and of width - 1 after them, then sums of those; at the end the warp's lanes' sums for
-// the parameters by shuffles.
+// first token; tokens to width - 1 past the last one. Along channels each token is loaded kBatch tokens ahead, and the
+// gradients of the last width - 1 sources stay in registers until they are whole. Along tokens dpre of a thread's tokens and
+// of width - 1 after them, then sums of those; at the end the warp's lanes' sums for the parameters by shuffles.
 //
 // Shared memory: unless PLAIN two bits for each token of the span, 544 bytes. fp32: everything between loads and stores,
 // and partials.
@@ -38,14 +37,16 @@ __device__ __forceinline__ float gradient_of_pre(const OxiConv &p, float pre, fl
 }
 
 // An element of a document's gradient of the final state.
-__device__ __forceinline__ float dfinal_value(const OxiConvBackward &p, long long b, int document, int channel, int column) {
+__device__ __forceinline__ float dfinal_value(const OxiConvBackward &p, long long b, int document, int channel,
+                                              int column) {
   const OxiTensor3 &states = p.dfinal_states;
   if (states.data == nullptr || column < 0 || channel >= p.conv.dim) return 0.0f;
   return to_float(static_cast<const Element *>(
       states.data)[state_offset(states, final_row(p.conv, b, document), channel, column)]);
 }
 
-__device__ __forceinline__ void store_dinitial(const OxiConvBackward &p, long long row, int channel, int column, float value) {
+__device__ __forceinline__ void store_dinitial(const OxiConvBackward &p, long long row, int channel, int column,
+                                               float value) {
   const OxiTensor3 &states = p.dinitial_states;
   if (states.data == nullptr || row < 0 || column < 0 || channel >= p.conv.dim) return;
   const long long offset = state_offset(states, row, channel, column);
@@ -84,7 +85,7 @@ __device__ __forceinline__ int document_to(const OxiConv &p, int end) {
 constexpr int kBatch = 4;
 
 __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &marks, long long b, int channel, int begin,
-                                           int end, const Filter &filter, Sums &sums) {
+                                     int end, const Filter &filter, Sums &sums) {
   const OxiConv &conv = p.conv;
   const Element *x_line = line(conv.x, b, channel), *dout_line = line(p.dout, b, channel);
   Element *dx_line = line_to_write(p.dx, b, channel);
@@ -96,20 +97,8 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
   Tokens<kBatch> x_tokens, dout_tokens;
   x_tokens.load(conv, conv.x, x_line, x_dense, channel, begin, reach);
   dout_tokens.load(conv, p.dout, dout_line, dout_dense, channel, begin, dout_reach);
-  Tokens<kHistory> before;
-  before.load(conv, conv.x, x_line, x_dense, channel, begin - kHistory, begin);
 
-  Window window;
-  window.clear();
-  const unsigned starts_before = kPacked ? Marks::from(marks.starts, begin, begin - kHistory) : 0;
-#pragma unroll
-  for (int i = 0; i < kHistory; ++i) {
-    if (kPacked && starts_before >> i & 1) window.start_run(conv, b, channel, begin - kHistory + i);
-    float x[kChannels];
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) x[c] = before.at(i, c);
-    window.push(x);
-  }
+  Window window = window_before(conv, marks, b, channel, begin, x_line, x_dense);
   // Of the sources before the present token, oldest first: their gradients so far.
   float pending[kHistory][kChannels] = {};
   // The run at work: its first token where the span owns that, and its row of initial states.
@@ -219,7 +208,7 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
 #else
 
 __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &marks, long long b, int channel, int begin,
-                                         int end, const Filter &filter, Sums &sums) {
+                                     int end, const Filter &filter, Sums &sums) {
   const OxiConv &conv = p.conv;
   const Element *x_line = line(conv.x, b, channel), *dout_line = line(p.dout, b, channel);
   Element *dx_line = line_to_write(p.dx, b, channel);
@@ -341,8 +330,7 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
     const unsigned starts = kPacked ? Marks::from(marks.starts, begin, first - kHistory) & kMask : 0;
     const unsigned negatives = kPacked ? Marks::from(marks.negatives, begin, first) & kMask : 0;
     const bool inside = first >= kHalo && first + kSpan + kHalo <= conv.seqlen;
-    // A document may end kHistory tokens after the thread's last one: the mask reaches one further than tokens do.
-    if (kExact && conv.silu && (starts | negatives) == 0 && inside && (kPacked || first + kSpan + kHistory < conv.seqlen)) {
+    if (kExact && conv.silu && (starts | negatives) == 0 && inside) {
       step(first, starts, negatives, Flag<true>());
     } else {
       step(first, starts, negatives, Flag<false>());

@@ -28,27 +28,15 @@ __device__ __forceinline__ float activate(const OxiConv &p, float pre) { return 
 constexpr int kBatch = 8;
 
 __device__ __forceinline__ void walk(const OxiConv &p, const Marks &marks, long long b, int channel, int begin,
-                                           int end) {
+                                     int end) {
   const Element *x_line = line(p.x, b, channel);
   Element *out_line = line_to_write(p.out, b, channel);
   const bool x_dense = is_dense(p, OXI_CONV_X), out_dense = is_dense(p, OXI_CONV_OUT);
-  Tokens<kHistory> before;
-  before.load(p, p.x, x_line, x_dense, channel, begin - kHistory, begin);
   Tokens<kBatch> tokens;
   tokens.load(p, p.x, x_line, x_dense, channel, begin, end);
   const Filter filter(p, channel);
 
-  Window window;
-  window.clear();
-  const unsigned starts_before = kPacked ? Marks::from(marks.starts, begin, begin - kHistory) : 0;
-#pragma unroll
-  for (int i = 0; i < kHistory; ++i) {
-    if (kPacked && starts_before >> i & 1) window.start_run(p, b, channel, begin - kHistory + i);
-    float x[kChannels];
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) x[c] = before.at(i, c);
-    window.push(x);
-  }
+  Window window = window_before(p, marks, b, channel, begin, x_line, x_dense);
   if (begin == 0) {
     store_final_states(p, b, channel, 0, window);
     window.start_run(p, b, channel, 0);
@@ -105,7 +93,7 @@ __device__ __forceinline__ void walk(const OxiConv &p, const Marks &marks, long 
 #else
 
 __device__ __forceinline__ void walk(const OxiConv &p, const Marks &marks, long long b, int channel, int begin,
-                                         int end) {
+                                     int end) {
   const Element *x_line = line(p.x, b, channel);
   Element *out_line = line_to_write(p.out, b, channel);
   const bool x_dense = is_dense(p, OXI_CONV_X), out_dense = is_dense(p, OXI_CONV_OUT);

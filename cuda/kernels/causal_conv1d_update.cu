@@ -30,14 +30,6 @@ constexpr int kSequences = SEQUENCES > 0 ? SEQUENCES : 1;
 
 namespace {
 
-__device__ inline long long integer(const void *data, bool is_64_bit, long long offset) {
-  return is_64_bit ? static_cast<const long long *>(data)[offset] : static_cast<const int *>(data)[offset];
-}
-
-__device__ inline float parameter(const void *data, bool wide, long long offset) {
-  return wide ? static_cast<const float *>(data)[offset] : to_float(static_cast<const Element *>(data)[offset]);
-}
-
 template <typename T>
 __device__ inline void load_whole(const void *data, long long offset, float (&values)[kWhole]) {
   const auto pack = *reinterpret_cast<const Pack<T, kWhole> *>(static_cast<const T *>(data) + offset);
@@ -75,7 +67,7 @@ extern "C" __global__ void KERNEL(const __grid_constant__ OxiConvUpdate p) {
     for (int i = 0; i < kSequences; ++i) {
       const long long b = first_sequence + i;
       slots[i] = b;
-      if (b < p.batch && p.indices != nullptr) slots[i] = integer(p.indices, p.indices_are_64_bit, b * p.indices_step);
+      if (b < p.batch && p.indices != nullptr) slots[i] = load_integer(p.indices, b * p.indices_step, p.indices_are_64_bit);
     }
     Line lines[kSequences];
     Element own[kSequences];
@@ -93,7 +85,7 @@ extern "C" __global__ void KERNEL(const __grid_constant__ OxiConvUpdate p) {
     } else {
       load_whole<Element>(p.weight.data, offset, weight);
     }
-    const float bias = p.bias.data == nullptr ? 0.0f : parameter(p.bias.data, wide_bias, channel * p.bias.step);
+    const float bias = p.bias.data == nullptr ? 0.0f : load_either<Element>(p.bias.data, channel * p.bias.step, wide_bias);
 #pragma unroll
     for (int i = 0; i < kSequences; ++i) {
       const long long b = first_sequence + i;
@@ -118,7 +110,7 @@ extern "C" __global__ void KERNEL(const __grid_constant__ OxiConvUpdate p) {
   const long long b = first_sequence;
   const Element *x = x_of(b);
   Element *out = out_of(b);
-  const long long slot = p.indices == nullptr ? b : integer(p.indices, p.indices_are_64_bit, b * p.indices_step);
+  const long long slot = p.indices == nullptr ? b : load_integer(p.indices, b * p.indices_step, p.indices_are_64_bit);
   if (slot < 0 || slot >= p.slots) {
     for (int t = 0; t < p.seqlen; ++t) out[t * p.out.stride[2]] = result_without(slot);
     return;
@@ -130,7 +122,8 @@ extern "C" __global__ void KERNEL(const __grid_constant__ OxiConvUpdate p) {
   // Of a circular state, where the call's first input goes.
   int position = 0;
   if (circular) {
-    const long long seen = integer(p.cache_seqlens, p.cache_seqlens_are_64_bit, b * p.cache_seqlens_step) % state_len;
+    const long long all = load_integer(p.cache_seqlens, b * p.cache_seqlens_step, p.cache_seqlens_are_64_bit);
+    const long long seen = all % state_len;
     position = static_cast<int>(seen < 0 ? seen + state_len : seen);
   }
   // The state's input `ago` tokens before the call's first one, and where it lies.
@@ -145,10 +138,10 @@ extern "C" __global__ void KERNEL(const __grid_constant__ OxiConvUpdate p) {
 #pragma unroll
   for (int k = 0; k <= kMaxHistory; ++k) {
     const long long offset = channel * p.weight.stride[0] + (k - missing) * p.weight.stride[1];
-    weight[k] = k >= missing ? parameter(p.weight.data, p.wide_weight, offset) : 0.0f;
+    weight[k] = k >= missing ? load_either<Element>(p.weight.data, offset, p.wide_weight) : 0.0f;
     if (k < kMaxHistory) window[k] = k >= missing ? to_float(state[index_of(kMaxHistory - k) * step]) : 0.0f;
   }
-  const float bias = p.bias.data == nullptr ? 0.0f : parameter(p.bias.data, wide_bias, channel * p.bias.step);
+  const float bias = p.bias.data == nullptr ? 0.0f : load_either<Element>(p.bias.data, channel * p.bias.step, wide_bias);
   for (int t = 0; t < p.seqlen; ++t) {
     const float own = to_float(x[t * p.x.stride[2]]);
     float sum = bias;

@@ -18,9 +18,7 @@ extern "C" __global__ void KERNEL(const __grid_constant__ OxiVarlenStates p) {
   const long long channel = static_cast<long long>(blockIdx.x % p.channel_blocks) * blockDim.x + threadIdx.x;
   if (channel >= p.dim) return;
   const auto bound = [&](long long i) {
-    const long long offset = i * p.cu_seqlens_step;
-    const long long value = p.cu_seqlens_are_64_bit ? static_cast<const long long *>(p.cu_seqlens)[offset]
-                                                    : static_cast<const int *>(p.cu_seqlens)[offset];
+    const long long value = load_integer(p.cu_seqlens, i * p.cu_seqlens_step, p.cu_seqlens_are_64_bit);
     return min(max(value, 0ll), p.total_tokens);
   };
   const Element *x = static_cast<const Element *>(p.x.data) + channel * p.x.stride[1];

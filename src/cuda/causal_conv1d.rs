@@ -18,8 +18,12 @@ const CHANNEL_WARPS: usize = 4;
 const SPAN_UNIT: usize = 8;
 /// Tokens of a span: enough for its halo not to count, few enough for all multiprocessors to have one.
 const MIN_SPAN: usize = 32;
-/// Along tokens: of a warp's steps.
+/// The same along tokens, where a warp takes a span of its channel in steps.
 const TOKENS_OF_WARP: usize = 2048;
+/// Positions are 32-bit numbers, also those some batches past the last token.
+const MAX_SEQLEN: usize = i32::MAX as usize - 4096;
+/// Forward's spans: so many for each block that runs at once, for multiprocessors to end together.
+const WAVES: usize = 2;
 
 /// The values of the axis FORM.
 #[derive(Clone, Copy, PartialEq)]
@@ -150,19 +154,8 @@ fn is_dense(view: &View<3>, along_tokens: bool, width: usize) -> bool {
     if along_tokens {
         return params::is_dense(view, width);
     }
-    let bytes = (width * view.dtype.size()) as isize;
-    let aligned = |axis: usize| {
-        view.shape[axis] <= 1 || view.strides()[axis] * view.dtype.size() as isize % bytes == 0
-    };
-    view.shape[1].is_multiple_of(width)
-        && view.strides()[1] == 1
-        && view.data() as isize % bytes == 0
-        && aligned(0)
-        && aligned(2)
+    view.shape[1].is_multiple_of(width) && params::is_dense_along(view, 1, width)
 }
-
-/// Positions are 32-bit numbers, also those some batches past the last token.
-const MAX_SEQLEN: usize = i32::MAX as usize - 4096;
 
 pub fn forward(
     stream: &Stream,
@@ -185,9 +178,6 @@ pub fn forward(
     let blocks = params.spans as usize * plan.channel_blocks;
     stream.launch(&params, &plan.choices, [blocks, 1, 1], plan.block)
 }
-
-/// Forward's spans: so many for each block that runs at once, for multiprocessors to end together.
-const WAVES: usize = 2;
 
 /// `partials`: the workspace of the parameters' gradients, (blocks, width + 1, dim).
 pub fn backward(

@@ -59,14 +59,17 @@ pub const VECTOR: usize = 16;
 
 /// Whether the last dimension is dense and lines along it start at multiples of what `width` elements are moved in.
 pub fn is_dense<const N: usize>(view: &View<N>, width: usize) -> bool {
+    is_dense_along(view, N - 1, width)
+}
+
+/// The same of another dimension.
+pub fn is_dense_along<const N: usize>(view: &View<N>, axis: usize, width: usize) -> bool {
     let bytes = VECTOR.min(width * view.dtype.size()) as isize;
-    let starts_aligned = |(&stride, &size): (&isize, &usize)| {
-        size <= 1 || stride * view.dtype.size() as isize % bytes == 0
+    let starts_aligned = |other: usize| {
+        let (stride, size) = (view.strides()[other], view.shape[other]);
+        other == axis || size <= 1 || stride * view.dtype.size() as isize % bytes == 0
     };
-    let last = N - 1;
-    view.strides()[last] == 1
-        && view.data() as isize % bytes == 0
-        && view.strides()[..last].iter().zip(&view.shape).all(starts_aligned)
+    view.strides()[axis] == 1 && view.data() as isize % bytes == 0 && (0..N).all(starts_aligned)
 }
 
 /// A dtype's number in params.h, and its place among the values of an axis of dtypes.
