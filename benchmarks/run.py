@@ -31,6 +31,10 @@ from .timing import Call, Effort, Timing
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 
+#: So many calls share a backward for the host's time: one hand-over to autograd's thread, as one of a model's layers.
+CALLS_OF_A_BACKWARD = 16
+
+
 class WrongResult(Exception):
     """An output or a gradient is not what the reference gives."""
 
@@ -58,12 +62,14 @@ def forward(op: Op, call: partial[Any], tensors: Tensors, gradients: list[Tensor
     return bound(call, leaves)
 
 
-def backward(op: Op, call: partial[Any], tensors: Tensors, gradients: list[Tensor]) -> Call:
-    """The backward alone, of a forward that runs here."""
-    leaves = {k: t.detach().requires_grad_(t.is_floating_point()) for k, t in tensors.items()}
-    wanted = [t for t in leaves.values() if t.requires_grad]
-    outputs = as_list(call(**leaves))
-    return lambda: torch.autograd.grad(outputs, wanted, gradients, retain_graph=True, allow_unused=True)
+def backward(op: Op, call: partial[Any], tensors: Tensors, gradients: list[Tensor], calls: int = 1) -> Call:
+    """The backward alone, of a forward that runs here; of `calls` of them at once, as a model's is of many layers."""
+    outputs, wanted = [], []
+    for _ in range(calls):
+        leaves = {k: t.detach().requires_grad_(t.is_floating_point()) for k, t in tensors.items()}
+        wanted += [t for t in leaves.values() if t.requires_grad]
+        outputs += as_list(call(**leaves))
+    return lambda: torch.autograd.grad(outputs, wanted, gradients * calls, retain_graph=True, allow_unused=True)
 
 
 #: What is timed of each pass.
@@ -158,7 +164,11 @@ class Bench:
         def compare(impl: str, call: partial[Any], which: str) -> None:
             error = expected.error(which, call)
             tensors, gradients, _ = self.arguments(op, which, call, tiny)
-            host_us = timing.host_us(PASSES[which](op, call, tensors, gradients), self.device, self.effort)
+            if which == "bwd":
+                many = backward(op, call, tensors, gradients, CALLS_OF_A_BACKWARD)
+                host_us = timing.host_us(many, self.device, self.effort) / CALLS_OF_A_BACKWARD
+            else:
+                host_us = timing.host_us(PASSES[which](op, call, tensors, gradients), self.device, self.effort)
             checked.append(Checked(impl, which, call, error, host_us))
 
         for impl, call in calls.items():

@@ -23,7 +23,7 @@ Call = Callable[[], Any]
 
 FLUSH_BYTES = 256 * 2**20
 #: Below this a kernel is timed by replaying a graph of many.
-SHORT_US = 20.0
+SHORT_US = 30.0
 #: How often the host's time is taken on a core before the next one: the first time there its caches are cold.
 LOOPS_A_CORE = 3
 

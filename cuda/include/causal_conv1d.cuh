@@ -4,13 +4,14 @@
 //
 //   LAYOUT = LAST, channels are neighbours in memory: a thread has kChannels neighbouring channels and walks the span token
 //   by token, with the inputs before the present one in registers. Every input is loaded once, but for a halo.
-//   LAYOUT = FIRST, tokens are neighbours, or nothing is: a warp has a channel, a thread of it kSpan neighbouring tokens,
-//   then those that the warp's next step brings. Their neighbours are loaded once more, from L1.
+//   LAYOUT = FIRST, tokens are neighbours, or nothing is: a warp has a channel and walks the span in steps of kStep tokens,
+//   of which a lane has kSpan neighbours. It gets those beside its own from the lanes next to it, by shuffles.
 //
-// FORM = PLAIN: width 4, all tensors' lines dense and aligned, so that they move in accesses of up to 16 bytes, and no
-// documents; PACKED: with documents; ANY: anything, a tensor's lines element by element but where they are dense (a bit of
-// `dense`). Where nothing is near that is special, the end of a span or of a document, tokens take a shorter way (`plain`).
-// Sums are taken in the same order in every case, so results have the same bits.
+// FORM = PLAIN: width 4, all tensors' lines dense and aligned, so that they move in accesses of up to 16 bytes, no documents,
+// and along tokens silu and only whole packs; PACKED: the same with documents; ANY: anything, a tensor's lines element by
+// element but where they are dense (a bit of `dense`). Where nothing is near that is special, the end of a document or,
+// along channels, of a span, tokens take a shorter way (`plain`). Sums are taken in the same order in every case, so results
+// have the same bits.
 //
 // Unless PLAIN, a block first finds where runs begin among its tokens, a bit for each in shared memory, and which ids are
 // negative. Nothing is trusted of cu_seqlens but the number of its elements: values are only compared with positions.
@@ -44,9 +45,11 @@ __device__ __forceinline__ int missing_taps(const OxiConv &p) { return kExact ? 
 
 // Along channels a thread's channels: as many as leave registers for loads under way.
 constexpr int kChannels = kAlongTokens ? 1 : kExact ? 8 / sizeof(Element) : 2;
-// Tokens of a thread along tokens, and as many of them as a halo takes.
-constexpr int kSpan = kVector<Element>;
-constexpr int kHalo = (kHistory + kSpan - 1) / kSpan * kSpan;
+// Along tokens a lane's tokens, and a warp's. A lane needs to know of no more than the lanes next to it.
+constexpr int kSpan = kExact ? kVector<Element> : 8;
+constexpr int kStep = kWarp * kSpan;
+static_assert(kHistory <= kSpan);
+constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Whether lines of the tensor with this bit move in packs.
 __device__ __forceinline__ bool is_dense(const OxiConv &p, int bit) { return kExact || (p.dense & bit) != 0; }
@@ -268,63 +271,30 @@ __device__ __forceinline__ void store_final_states(const OxiConv &p, long long b
   }
 }
 
-// A thread's elements of kTokens tokens of a tensor: channels or tokens in packs.
+#if LAYOUT == LAST
+// A thread's channels of kTokens tokens of a tensor.
 template <int kTokens>
 struct Tokens {
-  static constexpr int kPack = kAlongTokens ? kSpan : kChannels;
-  static constexpr int kPacks = kAlongTokens ? kTokens / kSpan : kTokens;
-  Pack<Element, kPack> packs[kPacks];
+  Pack<Element, kChannels> packs[kTokens];
 
-  __device__ __forceinline__ float at(int i, int c) const {
-    return kAlongTokens ? packs[i / kPack][i % kPack] : packs[i][c];
-  }
+  __device__ __forceinline__ float at(int i, int c) const { return packs[i][c]; }
 
   // From token `first` on, 0 for those outside [0, end). `line`: of the thread's first channel.
-  __device__ __forceinline__ void load(const OxiConv &p, const OxiTensor3 &tensor, const Element *line, bool dense, int channel, int first,
-                       int end) {
-    const long long step = tensor.stride[2];
-    if constexpr (kAlongTokens) {
+  __device__ __forceinline__ void load(const OxiConv &p, const OxiTensor3 &tensor, const Element *line, bool dense, int channel,
+                                       int first, int end) {
 #pragma unroll
-      for (int i = 0; i < kPacks; ++i) {
-        const int t = first + i * kSpan;
-        // Where the line ends within a pack it is read element by element.
-        const bool whole = dense && t + kSpan <= end;
-        packs[i] = load_pack<kPack>(line, step, t, t < 0 ? t : end, whole && t >= 0);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kPacks; ++i) load_token(p, tensor, line, dense, channel, i, first + i, end);
-    }
+    for (int i = 0; i < kTokens; ++i) load_token(p, tensor, line, dense, channel, i, first + i, end);
   }
 
-  // As `load`, of tokens that are all there, in dense lines (FIRST).
-  __device__ __forceinline__ void load_plain(const Element *line, int first) {
-#pragma unroll
-    for (int i = 0; i < kPacks; ++i) {
-      packs[i] = *reinterpret_cast<const Pack<Element, kPack> *>(line + first + i * kSpan);
-    }
-  }
-
-  // As `load`, of packs that are whole or not there at all, in dense lines (FIRST).
-  __device__ __forceinline__ void load_whole(const Element *line, int first, int end) {
-#pragma unroll
-    for (int i = 0; i < kPacks; ++i) {
-      const int t = first + i * kSpan;
-      packs[i] = Pack<Element, kPack>{};
-      if (t >= 0 && t < end) packs[i] = *reinterpret_cast<const Pack<Element, kPack> *>(line + t);
-    }
-  }
-
-  // Token t alone, to place i (LAST).
-  __device__ __forceinline__ void load_token(const OxiConv &p, const OxiTensor3 &tensor, const Element *line, bool dense, int channel, int i,
-                             int t, int end) {
+  // Token t alone, to place i.
+  __device__ __forceinline__ void load_token(const OxiConv &p, const OxiTensor3 &tensor, const Element *line, bool dense,
+                                             int channel, int i, int t, int end) {
     const bool inside = t >= 0 && t < end;
-    const int size = dense ? kPack : p.dim - channel;
-    packs[i] = load_pack<kPack>(line + t * tensor.stride[2], tensor.stride[1], 0, inside ? size : 0, dense);
+    const int size = dense ? kChannels : p.dim - channel;
+    packs[i] = load_pack<kChannels>(line + t * tensor.stride[2], tensor.stride[1], 0, inside ? size : 0, dense);
   }
 };
 
-#if LAYOUT == LAST
 // Store a token's channels.
 __device__ __forceinline__ void store_channels(const OxiConv &p, const OxiTensor3 &tensor, Element *line, bool dense,
                                                int channel, int t, const float (&values)[kChannels]) {
@@ -352,11 +322,49 @@ __device__ __forceinline__ Window window_before(const OxiConv &p, const Marks &m
 }
 
 #else
-// Store kSpan tokens of a channel.
-__device__ __forceinline__ void store_span(const OxiTensor3 &tensor, Element *line, bool dense, int first, int end,
-                                           const float (&values)[kSpan]) {
-  store_pack(line, tensor.stride[2], first, end, dense && first + kSpan <= end, Pack<Element, kSpan>::of(values));
+// Between tokens of a line.
+__device__ __forceinline__ long long token_step(const OxiTensor3 &tensor) { return kExact ? 1 : tensor.stride[2]; }
+
+// A lane's tokens of a channel.
+using Span = Pack<Element, kSpan>;
+
+// From token t on, which lies at `at`; 0 for tokens outside [0, end).
+__device__ __forceinline__ Span load_span(const OxiTensor3 &tensor, const Element *at, bool dense, int t, int end) {
+  // Where the line ends within a pack it is read element by element.
+  const bool whole = kExact || (dense && t >= 0 && t + kSpan <= end);
+  return load_pack<kSpan>(at, token_step(tensor), 0, t < 0 ? 0 : end - t, whole);
 }
+
+__device__ __forceinline__ void store_span(const OxiTensor3 &tensor, Element *at, bool dense, int t, int end,
+                                           const float (&values)[kSpan]) {
+  store_pack(at, token_step(tensor), 0, end - t, kExact || (dense && t + kSpan <= end), Span::of(values));
+}
+
+// A lane's inputs in a step, and how it gets those before them.
+struct Inputs {
+  Span own;
+  // Of the last lane alone: what it has in the step before, for the first lane.
+  Span earlier;
+
+  __device__ __forceinline__ void load(const OxiConv &p, const Element *at, bool dense, int t, int end) {
+    own = load_span(p.x, at, dense, t, end);
+    const bool last_lane = threadIdx.x % kWarp == kWarp - 1;
+    earlier = load_span(p.x, at - kStep * token_step(p.x), dense, last_lane ? t - kStep : -kSpan, end);
+  }
+
+  // The kHistory inputs before the lane's own, oldest first.
+  __device__ __forceinline__ void history(float (&values)[kHistory]) const {
+    const int lane = threadIdx.x % kWarp;
+    Span before{};
+#pragma unroll
+    for (int i = (kSpan - kHistory) / Span::kPerWord; i < kSpan / Span::kPerWord; ++i) {
+      const unsigned word = lane == kWarp - 1 ? earlier.word[i] : own.word[i];
+      before.word[i] = __shfl_sync(kAllLanes, word, (lane + kWarp - 1) % kWarp);
+    }
+#pragma unroll
+    for (int i = 0; i < kHistory; ++i) values[i] = before[kSpan - kHistory + i];
+  }
+};
 #endif
 
 }  // namespace oxi

@@ -207,134 +207,180 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
 
 #else
 
+// dpre of kTokens tokens of a channel from token t on, and their sources, one token after the other to
+// visit(i, dpre, source). `before`: the inputs before them. Bits of `starts` are from kHistory tokens before t on.
+template <int kTokens, bool kPlain, typename Visit>
+__device__ __forceinline__ void visit_tokens(const OxiConvBackward &p, const Filter &filter, long long b, int channel, int t,
+                                             const float (&before)[kHistory], const Span &x, const Span &dout,
+                                             unsigned starts, unsigned negatives, Visit visit) {
+  const OxiConv &conv = p.conv;
+  Window window;
+  window.clear();
+#pragma unroll
+  for (int i = 0; i < kHistory; ++i) {
+    if (!kPlain && starts >> i & 1) window.start_run(conv, b, channel, t - kHistory + i);
+    const float value[1] = {before[i]};
+    window.push(value);
+  }
+  if (!kPacked && t == 0 && conv.initial_states.data != nullptr) window.start_run(conv, b, channel, 0);
+#pragma unroll
+  for (int i = 0; i < kTokens; ++i) {
+    if (!kPlain && starts >> (kHistory + i) & 1) window.start_run(conv, b, channel, t + i);
+    const float own[1] = {x[i]};
+    const auto source = [&](int k) __attribute__((always_inline)) { return k < kHistory ? window.value[k][0] : own[0]; };
+    const float pre = filter.convolve(conv, 0, source, own[0]);
+    float dpre = kPlain ? dout[i] * silu_grad(pre) : gradient_of_pre(conv, pre, dout[i]);
+    if (!kPlain && negatives >> i & 1) dpre = 0.0f;
+    visit(i, dpre, source);
+    window.push(own);
+  }
+}
+
 __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &marks, long long b, int channel, int begin,
                                      int end, const Filter &filter, Sums &sums) {
   const OxiConv &conv = p.conv;
-  const Element *x_line = line(conv.x, b, channel), *dout_line = line(p.dout, b, channel);
-  Element *dx_line = line_to_write(p.dx, b, channel);
+  const int lane = threadIdx.x % kWarp;
   const bool x_dense = is_dense(conv, OXI_CONV_X), dout_dense = is_dense(conv, OXI_CONV_DOUT);
   const bool dx_dense = is_dense(conv, OXI_CONV_DX);
   const int dout_end = p.dout.data == nullptr ? 0 : conv.seqlen;
-  if (end == 0 && threadIdx.x % kWarp == 0) pass_empty_documents(p, b, channel, 0);
+  if (kPacked && begin == 0 && lane == 0) pass_empty_documents(p, b, channel, 0);
 
-  // `plain`: the tokens and their halo are there, no run begins among them, no id is negative.
-  const auto step = [&](int first, unsigned starts, unsigned negatives, auto plain) __attribute__((always_inline)) {
+  // From the last step to the first, as a token's gradient takes dpre of later ones.
+  const int steps = (end - begin + kStep - 1) / kStep;
+  int first = begin + (steps - 1) * kStep + lane * kSpan;
+  const Element *x_at = line(conv.x, b, channel) + first * token_step(conv.x);
+  const Element *dout_at = line(p.dout, b, channel) + first * token_step(p.dout);
+  Element *dx_at = line_to_write(p.dx, b, channel) + first * token_step(p.dx);
+  Inputs next_x;
+  Span next_dout;
+  const auto load_next = [&](int t) __attribute__((always_inline)) {
+    next_x.load(conv, x_at, x_dense, t, conv.seqlen);
+    next_dout = load_span(p.dout, dout_at, dout_dense, t, dout_end);
+  };
+  load_next(first);
+
+  // Of the step after, dpre of its first tokens; for the last step they are computed here.
+  float later[kHistory] = {};
+  if (end < conv.seqlen) {
+    const Element *end_x = line(conv.x, b, channel) + end * token_step(conv.x);
+    const Element *end_dout = line(p.dout, b, channel) + end * token_step(p.dout);
+    const Span span_before = load_span(conv.x, end_x - kSpan * token_step(conv.x), x_dense, end - kSpan, conv.seqlen);
+    float before[kHistory];
+#pragma unroll
+    for (int i = 0; i < kHistory; ++i) before[i] = span_before[kSpan - kHistory + i];
+    unsigned starts = 0, negatives = 0;
+    if constexpr (kPacked) {
+      starts = Marks::from(marks.starts, begin, end - kHistory);
+      negatives = Marks::from(marks.negatives, begin, end);
+    }
+    visit_tokens<kHistory, !kPacked>(p, filter, b, channel, end, before,
+                                     load_span(conv.x, end_x, x_dense, end, conv.seqlen),
+                                     load_span(p.dout, end_dout, dout_dense, end, dout_end), starts, negatives,
+                                     [&](int i, float dpre, auto) __attribute__((always_inline)) { later[i] = dpre; });
+  }
+
+  // `plain`: of documents none begins or ends among the tokens, their history or as many later ones, no id is negative.
+  const auto step = [&](const Inputs &x, const Span &dout, unsigned starts, unsigned negatives, auto plain)
+      __attribute__((always_inline)) {
     constexpr bool kPlain = decltype(plain)::value;
-    constexpr int kReach = kSpan + kHistory;
-    Tokens<kHalo> before;
-    Tokens<kSpan + kHalo> x_tokens, dout_tokens;
-    if constexpr (kPlain) {
-      before.load_plain(x_line, first - kHalo);
-      x_tokens.load_plain(x_line, first);
-      dout_tokens.load_plain(dout_line, first);
-    } else {
-      before.load(conv, conv.x, x_line, x_dense, channel, first - kHalo, conv.seqlen);
-      x_tokens.load(conv, conv.x, x_line, x_dense, channel, first, conv.seqlen);
-      dout_tokens.load(conv, p.dout, dout_line, dout_dense, channel, first, dout_end);
-    }
     const auto starts_at = [&](int i) __attribute__((always_inline)) { return (starts >> (kHistory + i) & 1) != 0; };
-    Window window;
-    window.clear();
+    float before[kHistory], dpre[kSpan + kHistory];
+    x.history(before);
+    visit_tokens<kSpan, kPlain>(p, filter, b, channel, first, before, x.own, dout, starts, negatives,
+                                [&](int i, float value, auto source) __attribute__((always_inline)) {
+                                  dpre[i] = value;
+                                  if (!kPlain && negatives >> i & 1) return;
 #pragma unroll
-    for (int i = 0; i < kHistory; ++i) {
-      const int t = first - kHistory + i;
-      if (!kPlain && (kPacked ? starts_at(i - kHistory) : kSpan <= kHistory && t == 0)) {
-        window.start_run(conv, b, channel, t);
-      }
-      const float x[1] = {before.at(kHalo - kHistory + i, 0)};
-      window.push(x);
-    }
-    if (!kPlain && first == 0) {
-      pass_empty_documents(p, b, channel, 0);
-      window.start_run(conv, b, channel, 0);
-    }
-    float dpre[kReach];
+                                  for (int k = 0; k < kTaps; ++k) {
+                                    if (!kExact && k < missing_taps(conv)) continue;
+                                    sums.dweight[k][0] = fmaf(value, source(k), sums.dweight[k][0]);
+                                  }
+                                  sums.dbias[0] += value;
+                                });
 #pragma unroll
-    for (int i = 0; i < kReach; ++i) {
-      if (!kPlain && kPacked && starts_at(i) && first + i > 0) window.start_run(conv, b, channel, first + i);
-      const float x[1] = {x_tokens.at(i, 0)};
-      const auto source = [&](int k) { return window.value[k][0]; };
-      const float pre = filter.convolve(conv, 0, source, x[0]), dout = dout_tokens.at(i, 0);
-      dpre[i] = kPlain ? dout * silu_grad(pre) : gradient_of_pre(conv, pre, dout);
-      const bool counts = kPlain || (first + i < conv.seqlen && !(kPacked && negatives >> i & 1));
-      if (!counts) dpre[i] = 0.0f;
-      if (i < kSpan && counts) {
-#pragma unroll
-        for (int k = 0; k < kHistory; ++k) {
-          if (kExact || k >= missing_taps(conv)) sums.dweight[k][0] = fmaf(dpre[i], source(k), sums.dweight[k][0]);
-        }
-        sums.dweight[kHistory][0] = fmaf(dpre[i], x[0], sums.dweight[kHistory][0]);
-        sums.dbias[0] += dpre[i];
-      }
-      window.push(x);
+    for (int k = 0; k < kHistory; ++k) {
+      dpre[kSpan + k] = __shfl_sync(kAllLanes, lane == 0 ? later[k] : dpre[k], (lane + 1) % kWarp);
+      later[k] = dpre[k];
     }
-    // What the tokens from `from` on of the run give to a source `lag` tokens before it.
+    if (first >= end) return;
+
+    // What the tokens from `from` on of its run give to a source `lag` tokens before it.
     const auto gradient = [&](int from, int lag) __attribute__((always_inline)) {
       float sum = 0.0f;
       bool same_run = true;
 #pragma unroll
-      for (int i = 0; i < kTaps; ++i) {
-        if (i < lag || from - lag + i >= kReach) continue;
+      for (int i = lag; i < kTaps; ++i) {
         const int token = from - lag + i;
-        if (!kPlain && kPacked && token > from && starts_at(token)) same_run = false;
+        if (!kPlain && token > from && starts_at(token)) same_run = false;
         if (same_run) sum = fmaf(filter.weight[kHistory - i][0], dpre[token], sum);
       }
       return sum;
     };
-    // What a final state's gradient gives to the source `lag` tokens before token `from`, at most kHistory before the
-    // run's end.
-    const auto dfinal = [&](int from, int lag) __attribute__((always_inline)) {
-      if (p.dfinal_states.data == nullptr) return 0.0f;
-      const int source = first + from - lag;
-      int run_end = conv.seqlen;
-      if (kPacked) {
-        const unsigned later = starts >> (kHistory + from + 1);
-        run_end = later == 0 ? source + kTaps : first + from + __ffs(later);
-      }
-      const int column = source - run_end + conv.width - 1;
-      if (column < 0) return 0.0f;
-      const int document = document_to(conv, run_end);
-      return document < 0 ? 0.0f : dfinal_value(p, b, document, channel, column);
-    };
     float dx[kSpan];
 #pragma unroll
-    for (int i = 0; i < kSpan; ++i) {
-      dx[i] = gradient(i, 0);
-      if constexpr (kPlain) continue;
-      const int t = first + i;
-      const bool near_end = kPacked ? (starts >> (kHistory + i + 1) & ((1u << kHistory) - 1)) != 0
-                                    : t >= conv.seqlen - kHistory;
-      if (near_end && t < conv.seqlen) dx[i] += dfinal(i, 0);
-      const bool begins = kPacked ? starts_at(i) : t == 0;
-      if (begins && t < conv.seqlen && p.dinitial_states.data != nullptr) {
-        const long long row = initial_row(conv, b, document_from(conv, t));
-        if (row >= 0) {
+    for (int i = 0; i < kSpan; ++i) dx[i] = gradient(i, 0);
+    if constexpr (kPlain) {
+      // A sequence is no shorter than kSpan, so its first sources are not among its last.
+      if (!kPacked && first + kSpan == conv.seqlen) {
 #pragma unroll
-          for (int lag = 1; lag <= kHistory; ++lag) {
-            store_dinitial(p, row, channel, conv.width - 1 - lag, gradient(i, lag) + dfinal(i, lag));
+        for (int k = 0; k < kHistory; ++k) dx[kSpan - kHistory + k] += dfinal_value(p, b, 0, channel, k);
+      }
+      if (!kPacked && first == 0 && p.dinitial_states.data != nullptr) {
+#pragma unroll
+        for (int lag = 1; lag <= kHistory; ++lag) store_dinitial(p, b, channel, kHistory - lag, gradient(0, lag));
+      }
+    } else {
+      // What a final state's gradient gives to the source `lag` tokens before token `from`.
+      const auto dfinal = [&](int from, int lag) __attribute__((always_inline)) {
+        const unsigned later_starts = starts >> (kHistory + from + 1);
+        if (p.dfinal_states.data == nullptr || later_starts == 0) return 0.0f;
+        const int run_end = first + from + __ffs(later_starts);
+        const int column = first + from - lag - run_end + conv.width - 1;
+        if (column < 0) return 0.0f;
+        const int document = document_to(conv, run_end);
+        return document < 0 ? 0.0f : dfinal_value(p, b, document, channel, column);
+      };
+#pragma unroll
+      for (int i = 0; i < kSpan; ++i) {
+        const int t = first + i;
+        if (t >= conv.seqlen) continue;
+        if (starts >> (kHistory + i + 1) & ((1u << kHistory) - 1)) dx[i] += dfinal(i, 0);
+        if (starts_at(i) && p.dinitial_states.data != nullptr) {
+          const long long row = initial_row(conv, b, document_from(conv, t));
+          if (row >= 0) {
+#pragma unroll
+            for (int lag = 1; lag <= kHistory; ++lag) {
+              store_dinitial(p, row, channel, conv.width - 1 - lag, gradient(i, lag) + dfinal(i, lag));
+            }
           }
         }
+        if (starts_at(i + 1)) pass_empty_documents(p, b, channel, t + 1);
       }
-      const bool ends = kPacked ? starts_at(i + 1) : t + 1 == conv.seqlen;
-      if (ends) pass_empty_documents(p, b, channel, t + 1);
     }
-    if constexpr (kPlain) {
-      *reinterpret_cast<Pack<Element, kSpan> *>(dx_line + first) = Pack<Element, kSpan>::of(dx);
-    } else {
-      store_span(p.dx, dx_line, dx_dense, first, conv.seqlen, dx);
-    }
+    store_span(p.dx, dx_at, dx_dense, first, end, dx);
   };
-  for (int first = begin + static_cast<int>(threadIdx.x % kWarp) * kSpan; first < end; first += kWarp * kSpan) {
-    // From kHistory tokens before the thread's first one to kHistory after its last.
-    constexpr unsigned kMask = (1u << (kSpan + 2 * kHistory + 1)) - 1;
-    const unsigned starts = kPacked ? Marks::from(marks.starts, begin, first - kHistory) & kMask : 0;
-    const unsigned negatives = kPacked ? Marks::from(marks.negatives, begin, first) & kMask : 0;
-    const bool inside = first >= kHalo && first + kSpan + kHalo <= conv.seqlen;
-    if (kExact && conv.silu && (starts | negatives) == 0 && inside) {
-      step(first, starts, negatives, Flag<true>());
-    } else {
-      step(first, starts, negatives, Flag<false>());
+
+  for (int i = 0; i < steps; ++i) {
+    const Inputs x = next_x;
+    const Span dout = next_dout;
+    x_at -= kStep * token_step(conv.x);
+    dout_at -= kStep * token_step(p.dout);
+    load_next(i + 1 < steps ? first - kStep : -kSpan);
+    unsigned starts = 0, negatives = 0;
+    // Past the span a mark keeps what comes before out of the sums, which may not be finite.
+    if (kPacked && first <= end) {
+      // From kHistory tokens before the lane's first one to kHistory after its last.
+      constexpr unsigned kMask = (1u << (kSpan + 2 * kHistory + 1)) - 1;
+      starts = Marks::from(marks.starts, begin, first - kHistory) & kMask;
+      negatives = Marks::from(marks.negatives, begin, first) & kMask;
     }
+    if (kExact && (!kPacked || !__any_sync(kAllLanes, starts | negatives))) {
+      step(x, dout, starts, negatives, Flag<true>());
+    } else if constexpr (kPacked) {
+      step(x, dout, starts, negatives, Flag<false>());
+    }
+    dx_at -= kStep * token_step(p.dx);
+    first -= kStep;
   }
 }
 

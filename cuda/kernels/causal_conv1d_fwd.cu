@@ -94,70 +94,69 @@ __device__ __forceinline__ void walk(const OxiConv &p, const Marks &marks, long 
 
 __device__ __forceinline__ void walk(const OxiConv &p, const Marks &marks, long long b, int channel, int begin,
                                      int end) {
-  const Element *x_line = line(p.x, b, channel);
-  Element *out_line = line_to_write(p.out, b, channel);
+  const int lane = threadIdx.x % kWarp;
+  int first = begin + lane * kSpan;
+  const Element *x_at = line(p.x, b, channel) + first * token_step(p.x);
+  Element *out_at = line_to_write(p.out, b, channel) + first * token_step(p.out);
   const bool x_dense = is_dense(p, OXI_CONV_X), out_dense = is_dense(p, OXI_CONV_OUT);
+  Inputs next;
+  next.load(p, x_at, x_dense, first, end);
   const Filter filter(p, channel);
   Window window;
-  if (end == 0 && threadIdx.x % kWarp == 0) store_final_states(p, b, channel, 0, window);
+  window.clear();
+  if (kPacked && begin == 0 && lane == 0) store_final_states(p, b, channel, 0, window);
 
-  // `plain`: the tokens are whole packs, with documents no run begins or ends among them or their halo, no id is negative.
-  const auto step = [&](int first, unsigned starts, unsigned negatives, auto plain) __attribute__((always_inline)) {
+  // `plain`: of documents none begins or ends among the tokens or their history, no id is negative.
+  const auto step = [&](const Inputs &x, unsigned starts, unsigned negatives, auto plain) __attribute__((always_inline)) {
     constexpr bool kPlain = decltype(plain)::value;
-    Tokens<kHalo> before;
-    Tokens<kSpan> tokens;
-    if constexpr (kPlain) {
-      before.load_whole(x_line, first - kHalo, p.seqlen);
-      tokens.load_whole(x_line, first, p.seqlen);
-    } else {
-      before.load(p, p.x, x_line, x_dense, channel, first - kHalo, p.seqlen);
-      tokens.load(p, p.x, x_line, x_dense, channel, first, p.seqlen);
-      window.clear();
-    }
+    float before[kHistory];
+    x.history(before);
+    window.clear();
 #pragma unroll
     for (int i = 0; i < kHistory; ++i) {
-      const int t = first - kHistory + i;
-      if (!kPlain && (kPacked ? starts >> i & 1 : kSpan <= kHistory && t == 0)) window.start_run(p, b, channel, t);
-      const float x[1] = {before.at(kHalo - kHistory + i, 0)};
-      window.push(x);
+      if (!kPlain && starts >> i & 1) window.start_run(p, b, channel, first - kHistory + i);
+      const float value[1] = {before[i]};
+      window.push(value);
     }
-    if ((!kPlain || !kPacked) && first == 0) {
-      store_final_states(p, b, channel, 0, window);
-      window.start_run(p, b, channel, 0);
-    }
+    if (!kPacked && first == 0 && p.initial_states.data != nullptr) window.start_run(p, b, channel, 0);
     float out[kSpan];
 #pragma unroll
     for (int i = 0; i < kSpan; ++i) {
-      if (!kPlain && kPacked && starts >> (kHistory + i) & 1 && first + i > 0) {
+      if (!kPlain && starts >> (kHistory + i) & 1) {
         if (i > 0) store_final_states(p, b, channel, first + i, window);
         window.start_run(p, b, channel, first + i);
       }
-      const float x[1] = {tokens.at(i, 0)};
+      const float own[1] = {x.own[i]};
       const auto before_it = [&](int k) { return window.value[k][0]; };
-      const float pre = filter.convolve(p, 0, before_it, x[0]);
+      const float pre = filter.convolve(p, 0, before_it, own[0]);
       out[i] = kPlain ? silu(pre) : activate(p, pre);
-      if (!kPlain && kPacked && negatives >> i & 1) out[i] = 0.0f;
-      window.push(x);
-      if (!kPlain && !kPacked && first + i + 1 == p.seqlen) store_final_states(p, b, channel, p.seqlen, window);
+      if (!kPlain && negatives >> i & 1) out[i] = 0.0f;
+      window.push(own);
     }
-    if constexpr (kPlain) {
-      *reinterpret_cast<Pack<Element, kSpan> *>(out_line + first) = Pack<Element, kSpan>::of(out);
-      if (!kPacked && first + kSpan == p.seqlen) store_final_states(p, b, channel, p.seqlen, window);
-      return;
-    }
-    store_span(p.out, out_line, out_dense, first, p.seqlen, out);
-    if (kPacked && starts >> (kHistory + kSpan) & 1) store_final_states(p, b, channel, first + kSpan, window);
+    store_span(p.out, out_at, out_dense, first, end, out);
+    const bool ends = kPacked ? !kPlain && starts >> (kHistory + kSpan) & 1 : first + kSpan == p.seqlen;
+    if (ends) store_final_states(p, b, channel, first + kSpan, window);
   };
-  for (int first = begin + static_cast<int>(threadIdx.x % kWarp) * kSpan; first < end; first += kWarp * kSpan) {
-    // From kHistory tokens before the thread's first one to the one after its last.
-    constexpr unsigned kMask = (1u << (kHistory + kSpan + 1)) - 1;
-    const unsigned starts = kPacked ? Marks::from(marks.starts, begin, first - kHistory) & kMask : 0;
-    const unsigned negatives = kPacked ? Marks::from(marks.negatives, begin, first) & kMask : 0;
-    if (kExact && p.silu && (starts | negatives) == 0 && p.seqlen % kSpan == 0) {
-      step(first, starts, negatives, Flag<true>());
-    } else {
-      step(first, starts, negatives, Flag<false>());
+  // The same steps for all lanes, which shuffle.
+  const int steps = (end - begin + kStep - 1) / kStep;
+  for (int i = 0; i < steps; ++i) {
+    const Inputs x = next;
+    x_at += kStep * token_step(p.x);
+    next.load(p, x_at, x_dense, first + kStep, end);
+    unsigned starts = 0, negatives = 0;
+    if (kPacked && first < end) {
+      // From kHistory tokens before the lane's first one to the one after its last.
+      constexpr unsigned kMask = (1u << (kHistory + kSpan + 1)) - 1;
+      starts = Marks::from(marks.starts, begin, first - kHistory) & kMask;
+      negatives = Marks::from(marks.negatives, begin, first) & kMask;
     }
+    if (kExact && (!kPacked || !__any_sync(kAllLanes, starts | negatives))) {
+      step(x, starts, negatives, Flag<true>());
+    } else if constexpr (kPacked) {
+      step(x, starts, negatives, Flag<false>());
+    }
+    out_at += kStep * token_step(p.out);
+    first += kStep;
   }
 }
 

@@ -14,16 +14,18 @@ use crate::tensor::{DType, View};
 const BLOCK_WARPS: usize = 2;
 /// Warps of a block where each has a channel.
 const CHANNEL_WARPS: usize = 4;
-/// Spans start at multiples of what a thread moves at once.
-const SPAN_UNIT: usize = 8;
-/// Tokens of a span: enough for its halo not to count, few enough for all multiprocessors to have one.
+/// Spans begin at multiples of a warp's step where tokens are neighbours, otherwise of what is usual of allocations.
+const STEP: usize = 256;
+const UNIT: usize = 8;
+/// Tokens of a span at least, for its halo not to count.
 const MIN_SPAN: usize = 32;
-/// The same along tokens, where a warp takes a span of its channel in steps.
-const TOKENS_OF_WARP: usize = 2048;
 /// Positions are 32-bit numbers, also those some batches past the last token.
 const MAX_SEQLEN: usize = i32::MAX as usize - 4096;
-/// Forward's spans: so many for each block that runs at once, for multiprocessors to end together.
-const WAVES: usize = 2;
+/// Spans for each block that runs at once, for multiprocessors to end together: forward and backward along channels, where
+/// each has a halo to load and backward's blocks go from span to span; along tokens.
+const WAVES_FORWARD: usize = 2;
+const WAVES_BACKWARD: usize = 1;
+const WAVES_ALONG_TOKENS: usize = 8;
 
 /// The values of the axis FORM.
 #[derive(Clone, Copy, PartialEq)]
@@ -51,12 +53,13 @@ impl Plan {
         let dims = inputs.dims;
         // Where neither is dense, along tokens: a lane's elements are then at least a line of memory.
         let along_tokens = inputs.x.strides()[1] != 1 || (dims.dim == 1 && dims.seqlen > 1);
-        // kChannels of the kernels, for their exact width and for others.
-        let width_of =
-            |channels: usize| if along_tokens { VECTOR / dtype.size() } else { channels };
-        let (exact_width, any_width) = (width_of(8 / dtype.size()), width_of(2));
+        // kSpan or kChannels of the kernels, where all moves in packs of those and elsewhere.
+        let (exact_width, any_width) =
+            if along_tokens { (VECTOR / dtype.size(), 8) } else { (8 / dtype.size(), 2) };
         let dense = |view: &View<3>| is_dense(view, along_tokens, exact_width);
+        let whole = dims.seqlen > 0 && dims.seqlen.is_multiple_of(exact_width);
         let exact = dims.width == OXI_EXACT_CONV_WIDTH as usize
+            && (!along_tokens || (inputs.silu && whole))
             && dense(&inputs.x)
             && others.iter().all(|view| view.is_some_and(dense));
         let packed = inputs.seq_idx.is_some() || inputs.cu_seqlens.is_some();
@@ -91,19 +94,11 @@ impl Plan {
     /// Tokens of a span where about `spans` of them are wanted of all sequences together.
     fn tokens(&self, inputs: &ConvInputs, spans: usize) -> usize {
         let dims = inputs.dims;
-        let tokens = if self.along_tokens {
-            TOKENS_OF_WARP
-        } else {
-            let of_sequence = (spans / dims.batch.max(1)).max(1);
-            dims.seqlen.div_ceil(of_sequence).max(MIN_SPAN)
-        };
+        let unit = if self.along_tokens { STEP } else { UNIT };
+        let of_sequence = (spans / dims.batch.max(1)).max(1);
         let most =
             if self.form != Form::Plain { OXI_MAX_MARKED_TOKENS as usize } else { usize::MAX };
-        tokens
-            .next_multiple_of(SPAN_UNIT)
-            .min(most)
-            .min(dims.seqlen.next_multiple_of(SPAN_UNIT))
-            .max(SPAN_UNIT)
+        dims.seqlen.div_ceil(of_sequence).max(MIN_SPAN).next_multiple_of(unit).min(most)
     }
 
     fn params(&self, inputs: &ConvInputs, tokens: usize) -> Result<OxiConv> {
@@ -170,7 +165,8 @@ pub fn forward(
     }
     let plan = Plan::new(inputs, dtype, &[Some(out)]);
     let resident = stream.resident_blocks::<OxiConv>(&plan.choices, plan.block)?;
-    let tokens = plan.tokens(inputs, WAVES * resident / plan.channel_blocks);
+    let waves = if plan.along_tokens { WAVES_ALONG_TOKENS } else { WAVES_FORWARD };
+    let tokens = plan.tokens(inputs, waves * resident / plan.channel_blocks);
     let mut params = plan.params(inputs, tokens)?;
     params.out = Some(out).into();
     params.final_states = final_states.into();
@@ -196,8 +192,9 @@ pub fn backward(
         let dout = gradients.dout.as_ref();
         let plan = Plan::new(inputs, dtype, &[dout, Some(&gradients.dx)]);
         let resident = stream.resident_blocks::<OxiConvBackward>(&plan.choices, plan.block)?;
-        let at_once = (resident / plan.channel_blocks).clamp(1, partials.shape[0]);
-        let tokens = plan.tokens(inputs, at_once);
+        let waves = if plan.along_tokens { WAVES_ALONG_TOKENS } else { WAVES_BACKWARD };
+        let spans = (waves * resident / plan.channel_blocks).min(partials.shape[0]);
+        let tokens = plan.tokens(inputs, spans);
         let mut conv = plan.params(inputs, tokens)?;
         conv.dense |= plan.flag(dout, OXI_CONV_DOUT) | plan.flag(Some(&gradients.dx), OXI_CONV_DX);
         span_blocks = partials.shape[0].min(conv.spans as usize);
