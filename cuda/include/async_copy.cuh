@@ -3,11 +3,16 @@
 
 namespace oxi {
 
-// 16 bytes to `to`, zeros unless `inside`; `from` is then not read.
+// kBytes (4, 8 or 16) to `to`, zeros unless `inside`; `from` is then not read. 16 pass L1 by.
+template <int kBytes>
 __device__ inline void copy_async(void *to, const void *from, bool inside) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to))),
-               "l"(from), "r"(inside ? 16 : 0)
-               : "memory");
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  const int size = inside ? kBytes : 0;
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(size) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;" ::"r"(address), "l"(from), "r"(size), "n"(kBytes) : "memory");
+  }
 }
 
 // The copies that this thread has asked for since the last call are a batch, if only an empty one.

@@ -3,9 +3,10 @@
 // A block owns a span of tokens of one sequence (of each of several, one after the other) and some channels:
 //
 //   LAYOUT = LAST, channels are neighbours in memory: a thread has kChannels neighbouring channels and walks the span token
-//   by token, with the inputs before the present one in registers. Every input is loaded once, but for a halo.
+//   by token, with the inputs before the present one in registers and later ones under way. Every input is loaded once, but
+//   for a halo.
 //   LAYOUT = FIRST, tokens are neighbours, or nothing is: a warp has a channel and walks the span in steps of kStep tokens,
-//   of which a lane has kSpan neighbours. It gets those beside its own from the lanes next to it, by shuffles.
+//   of which a lane has kSpan neighbours. Those of later steps are under way to shared memory.
 //
 // FORM = PLAIN: width 4, all tensors' lines dense and aligned, so that they move in accesses of up to 16 bytes, no documents,
 // and along tokens silu and only whole packs; PACKED: the same with documents; ANY: anything, a tensor's lines element by
@@ -24,6 +25,7 @@
 #define PACKED 1
 #define ANY 2
 
+#include "async_copy.cuh"
 #include "dependent_launch.cuh"
 #include "dtype.cuh"
 #include "math.cuh"
@@ -272,41 +274,55 @@ __device__ __forceinline__ void store_final_states(const OxiConv &p, long long b
 }
 
 #if LAYOUT == LAST
-// A thread's channels of kTokens tokens of a tensor.
+// A thread's channels of a token.
+using Line = Pack<Element, kChannels>;
+
+// Of token t, which lies at `at`; 0 where there is none.
+__device__ __forceinline__ Line load_token(const OxiConv &p, const OxiTensor3 &tensor, const Element *at, bool dense,
+                                           int channel, bool inside) {
+  const int size = dense ? kChannels : p.dim - channel;
+  return load_pack<kChannels>(at, tensor.stride[1], 0, inside ? size : 0, dense);
+}
+
+// A thread's next kTokens tokens of a tensor, each in a place. Where lines are dense they are under way to shared memory, so
+// that they take no registers; a thread reads there only what it asked for.
 template <int kTokens>
-struct Tokens {
-  Pack<Element, kChannels> packs[kTokens];
+struct Ahead {
+  static constexpr int kPlaces = kExact ? kTokens * OXI_CONV_LINE_THREADS : 1;
+  Line *shared;
+  Line lines[kTokens];
 
-  __device__ __forceinline__ float at(int i, int c) const { return packs[i][c]; }
+  __device__ __forceinline__ explicit Ahead(Line (&places)[kPlaces]) : shared(places + threadIdx.x) {}
 
-  // From token `first` on, 0 for those outside [0, end). `line`: of the thread's first channel.
-  __device__ __forceinline__ void load(const OxiConv &p, const OxiTensor3 &tensor, const Element *line, bool dense, int channel,
-                                       int first, int end) {
-#pragma unroll
-    for (int i = 0; i < kTokens; ++i) load_token(p, tensor, line, dense, channel, i, first + i, end);
+  // Ask for a token, which lies at `at`; 0 where there is none.
+  __device__ __forceinline__ void ask(const OxiConv &p, const OxiTensor3 &tensor, const Element *at, bool dense, int channel,
+                                      int place, bool inside) {
+    if constexpr (kExact) {
+      copy_async<sizeof(Line)>(shared + place * OXI_CONV_LINE_THREADS, at, inside);
+    } else {
+      lines[place] = load_token(p, tensor, at, dense, channel, inside);
+    }
   }
-
-  // Token t alone, to place i.
-  __device__ __forceinline__ void load_token(const OxiConv &p, const OxiTensor3 &tensor, const Element *line, bool dense,
-                                             int channel, int i, int t, int end) {
-    const bool inside = t >= 0 && t < end;
-    const int size = dense ? kChannels : p.dim - channel;
-    packs[i] = load_pack<kChannels>(line + t * tensor.stride[2], tensor.stride[1], 0, inside ? size : 0, dense);
+  __device__ __forceinline__ Line take(int place) const {
+    return kExact ? shared[place * OXI_CONV_LINE_THREADS] : lines[place];
   }
 };
 
 // Store a token's channels.
 __device__ __forceinline__ void store_channels(const OxiConv &p, const OxiTensor3 &tensor, Element *line, bool dense,
                                                int channel, int t, const float (&values)[kChannels]) {
-  store_pack(line + t * tensor.stride[2], tensor.stride[1], 0, dense ? kChannels : p.dim - channel, dense,
-             Pack<Element, kChannels>::of(values));
+  store_pack(line + t * tensor.stride[2], tensor.stride[1], 0, dense ? kChannels : p.dim - channel, dense, Line::of(values));
 }
 
 // The inputs before a span's first token; where a sequence begins with it, zeros.
 __device__ __forceinline__ Window window_before(const OxiConv &p, const Marks &marks, long long b, int channel, int begin,
                                                 const Element *x_line, bool x_dense) {
-  Tokens<kHistory> before;
-  before.load(p, p.x, x_line, x_dense, channel, begin - kHistory, begin);
+  Line before[kHistory];
+#pragma unroll
+  for (int i = 0; i < kHistory; ++i) {
+    const int t = begin - kHistory + i;
+    before[i] = load_token(p, p.x, x_line + t * p.x.stride[2], x_dense, channel, t >= 0);
+  }
   const unsigned starts = kPacked ? Marks::from(marks.starts, begin, begin - kHistory) : 0;
   Window window;
   window.clear();
@@ -315,18 +331,18 @@ __device__ __forceinline__ Window window_before(const OxiConv &p, const Marks &m
     if (kPacked && starts >> i & 1) window.start_run(p, b, channel, begin - kHistory + i);
     float x[kChannels];
 #pragma unroll
-    for (int c = 0; c < kChannels; ++c) x[c] = before.at(i, c);
+    for (int c = 0; c < kChannels; ++c) x[c] = before[i][c];
     window.push(x);
   }
   return window;
 }
 
 #else
-// Between tokens of a line.
-__device__ __forceinline__ long long token_step(const OxiTensor3 &tensor) { return kExact ? 1 : tensor.stride[2]; }
-
 // A lane's tokens of a channel.
 using Span = Pack<Element, kSpan>;
+
+// Between tokens of a line.
+__device__ __forceinline__ long long token_step(const OxiTensor3 &tensor) { return kExact ? 1 : tensor.stride[2]; }
 
 // From token t on, which lies at `at`; 0 for tokens outside [0, end).
 __device__ __forceinline__ Span load_span(const OxiTensor3 &tensor, const Element *at, bool dense, int t, int end) {
@@ -340,31 +356,44 @@ __device__ __forceinline__ void store_span(const OxiTensor3 &tensor, Element *at
   store_pack(at, token_step(tensor), 0, end - t, kExact || (dense && t + kSpan <= end), Span::of(values));
 }
 
-// A lane's inputs in a step, and how it gets those before them.
-struct Inputs {
-  Span own;
-  // Of the last lane alone: what it has in the step before, for the first lane.
-  Span earlier;
+// A warp's tokens of a tensor, of steps under way and at work, in shared memory: so that loads take no registers, and a lane
+// finds what is before its own. Step n is of the tokens from the span's begin + n kStep on.
+struct Ring {
+  static constexpr int kSteps = 4;
+  alignas(16) Element elements[kSteps * kStep];
 
-  __device__ __forceinline__ void load(const OxiConv &p, const Element *at, bool dense, int t, int end) {
-    own = load_span(p.x, at, dense, t, end);
-    const bool last_lane = threadIdx.x % kWarp == kWarp - 1;
-    earlier = load_span(p.x, at - kStep * token_step(p.x), dense, last_lane ? t - kStep : -kSpan, end);
+  // Of this lane, `spans` spans earlier.
+  __device__ __forceinline__ Span &place(int n, int spans) {
+    const int i = n * kStep + (static_cast<int>(threadIdx.x % kWarp) - spans) * kSpan;
+    return *reinterpret_cast<Span *>(elements + (i & (kSteps * kStep - 1)));
   }
 
-  // The kHistory inputs before the lane's own, oldest first.
-  __device__ __forceinline__ void history(float (&values)[kHistory]) const {
-    const int lane = threadIdx.x % kWarp;
-    Span before{};
-#pragma unroll
-    for (int i = (kSpan - kHistory) / Span::kPerWord; i < kSpan / Span::kPerWord; ++i) {
-      const unsigned word = lane == kWarp - 1 ? earlier.word[i] : own.word[i];
-      before.word[i] = __shfl_sync(kAllLanes, word, (lane + kWarp - 1) % kWarp);
+  // Ask for the lane's tokens of step n, from token t on, which lies at `at`; 0 for tokens outside [lowest, end). What is
+  // returned is to be handed to `keep` later, as only dense lines are copied asynchronously.
+  __device__ __forceinline__ Span ask(const OxiTensor3 &tensor, const Element *at, bool dense, int n, int t, int lowest,
+                                      int end) {
+    const bool inside = t >= lowest && t < end;
+    if constexpr (kExact) {
+      copy_async<sizeof(Span)>(&place(n, 0), at, inside);
+      return Span{};
+    } else {
+      return load_span(tensor, at, dense, t, inside ? end : t);
     }
-#pragma unroll
-    for (int i = 0; i < kHistory; ++i) values[i] = before[kSpan - kHistory + i];
+  }
+  __device__ __forceinline__ void keep(int n, const Span &asked) {
+    if constexpr (!kExact) place(n, 0) = asked;
   }
 };
+
+struct Rings {
+  Ring ring[OXI_CONV_CHANNEL_WARPS];
+  __device__ __forceinline__ Ring &own() { return ring[threadIdx.x / kWarp]; }
+};
+
+// The first token that a lane asks for of a span: the last lane has those before it too.
+__device__ __forceinline__ int lowest_token(int begin) {
+  return begin > 0 && threadIdx.x % kWarp == kWarp - 1 ? begin - kStep : begin;
+}
 #endif
 
 }  // namespace oxi

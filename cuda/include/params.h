@@ -157,6 +157,10 @@ enum {
   OXI_MAX_CONV_WIDTH = 8,
   /* Taps of the instances for one width alone. */
   OXI_EXACT_CONV_WIDTH = 4,
+  /* Threads of a block along channels at most: few, as registers then leave room for more blocks. */
+  OXI_CONV_LINE_THREADS = 64,
+  /* Warps of a block along tokens, each with a channel. */
+  OXI_CONV_CHANNEL_WARPS = 4,
   /* Tokens of a span where documents are marked. */
   OXI_MAX_MARKED_TOKENS = 2048,
 };
@@ -176,10 +180,11 @@ struct OxiConv {
   /* With cu_seqlens: initial states are each document's, otherwise the first one's. */
   int state_a_document;
   /* Blocks that share the channels of a span; tokens of a span; spans of a sequence, of all sequences. */
-  int channel_blocks;
+  unsigned channel_blocks;
   int tokens;
-  int spans_of_sequence;
-  long long spans;
+  unsigned spans_of_sequence;
+  unsigned spans;
+  int cu_seqlens_are_64_bit;
   struct OxiTensor3 x;   /* batch, dim, seqlen */
   struct OxiTensor3 out; /* batch, dim, seqlen */
   struct OxiTensor2 weight;
@@ -190,8 +195,6 @@ struct OxiConv {
   long long seq_idx_stride[2];
   const void *cu_seqlens;
   long long cu_seqlens_step;
-  int cu_seqlens_are_64_bit;
-  int reserved;
 };
 
 /* partials: (blocks of spans, width + 1, dim), what each adds to dweight (a tap a row), then to dbias. Of `conv` out and

@@ -34,23 +34,25 @@ __device__ inline void block_sum(float (&values)[N], int warps, float *buffer) {
   }
 }
 
-// The sum of a column of `partials` (rows, columns): in a block of 32 x 32 threads, lane 0 of warp w has that of column
-// first + w, which may lie past the last one. Thread (c, r) sums rows r, r + 32, ... of its column; the barrier publishes
-// those sums, a row of 33 of them so that a column lies in 32 banks; then warp r adds up column r by shuffles.
+// The sum of a column of `partials` (rows, columns): lane c of the block's first warp has that of column first + c, which
+// may lie past the last one. Warp r sums rows r, r + warps, ... of 32 columns; the barrier publishes those sums, and the
+// first warp adds them up. To be called by blocks of at most 32 warps.
 __device__ inline float column_sum(const float *partials, int rows, long long columns, long long first) {
-  __shared__ float sums[kWarp][kWarp + 1];
+  __shared__ float sums[kWarp][kWarp];
   const int lane = threadIdx.x % kWarp;
-  const int warp = threadIdx.x / kWarp;
+  const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   float sum = 0.0f;
   if (first + lane < columns) {
 #pragma unroll 4
-    for (int row = warp; row < rows; row += kWarp) sum += partials[row * columns + first + lane];
+    for (int row = warp; row < rows; row += warps) sum += partials[row * columns + first + lane];
   }
   sums[warp][lane] = sum;
   __syncthreads();
-  float total[1] = {sums[lane][warp]};
-  warp_sum(total);
-  return total[0];
+  if (warp == 0) {
+#pragma unroll 8
+    for (int other = 1; other < warps; ++other) sum += sums[other][lane];
+  }
+  return sum;
 }
 
 }  // namespace oxi

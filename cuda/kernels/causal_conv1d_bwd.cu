@@ -81,11 +81,14 @@ __device__ __forceinline__ int document_to(const OxiConv &p, int end) {
 
 #if LAYOUT == LAST
 
-// How many tokens ahead one is loaded.
+// Tokens at once, and how many tokens ahead one is asked for.
 constexpr int kBatch = 4;
+constexpr int kAhead = kExact ? 8 : kBatch;
 
 __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &marks, long long b, int channel, int begin,
                                      int end, const Filter &filter, Sums &sums) {
+  __shared__ Line x_places[Ahead<kAhead>::kPlaces], dout_places[Ahead<kAhead>::kPlaces];
+  Ahead<kAhead> x_ahead(x_places), dout_ahead(dout_places);
   const OxiConv &conv = p.conv;
   const Element *x_line = line(conv.x, b, channel), *dout_line = line(p.dout, b, channel);
   Element *dx_line = line_to_write(p.dx, b, channel);
@@ -94,9 +97,19 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
   // Tokens whose gradients reach the span.
   const int reach = static_cast<int>(min(static_cast<long long>(end) + kHistory, static_cast<long long>(conv.seqlen)));
   const int dout_reach = p.dout.data == nullptr ? 0 : reach;
-  Tokens<kBatch> x_tokens, dout_tokens;
-  x_tokens.load(conv, conv.x, x_line, x_dense, channel, begin, reach);
-  dout_tokens.load(conv, p.dout, dout_line, dout_dense, channel, begin, dout_reach);
+  int asked = begin;
+  const Element *x_at = x_line + begin * conv.x.stride[2], *dout_at = dout_line + begin * p.dout.stride[2];
+  const auto ask = [&](int place) __attribute__((always_inline)) {
+    x_ahead.ask(conv, conv.x, x_at, x_dense, channel, place, asked < reach);
+    dout_ahead.ask(conv, p.dout, dout_at, dout_dense, channel, place, asked < dout_reach);
+    end_of_batch();
+    x_at += conv.x.stride[2];
+    dout_at += p.dout.stride[2];
+    ++asked;
+  };
+  wait_for_batches<0>();  // of the span before
+#pragma unroll
+  for (int place = 0; place < kAhead; ++place) ask(place);
 
   Window window = window_before(conv, marks, b, channel, begin, x_line, x_dense);
   // Of the sources before the present token, oldest first: their gradients so far.
@@ -136,12 +149,11 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
     if (t > begin && t <= end) pass_empty_documents(p, b, channel, t);
   };
 
-  // `plain`: the batch and the next one are in the span, no run begins in it or among the sources that it makes whole, no id
-  // is negative.
-  const auto batch = [&](int first, unsigned starts, unsigned negatives, auto plain) __attribute__((always_inline)) {
+  // `plain`: the batch and the sources that it makes whole are in the span, no run begins among them, no id is negative.
+  // `turn`: the place of its first token.
+  const auto batch = [&](int first, int turn, unsigned starts, unsigned negatives, auto plain)
+      __attribute__((always_inline)) {
     constexpr bool kPlain = decltype(plain)::value;
-    const Element *x_ahead = x_line + (first + kBatch) * conv.x.stride[2];
-    const Element *dout_ahead = dout_line + (first + kBatch) * p.dout.stride[2];
     Element *target = dx_line + (first - kHistory) * p.dx.stride[2];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
@@ -153,12 +165,14 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
         run = t;
         if (t >= end) row = -1;
       }
+      wait_for_batches<kAhead - 1>();
+      const Line own = x_ahead.take(turn + i), gradient = dout_ahead.take(turn + i);
       float x[kChannels], ready[kChannels];
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) {
-        x[c] = x_tokens.at(i, c);
+        x[c] = own[c];
         const auto source = [&](int k) { return window.value[k][c]; };
-        const float pre = filter.convolve(conv, c, source, x[c]), dout = dout_tokens.at(i, c);
+        const float pre = filter.convolve(conv, c, source, x[c]), dout = gradient[c];
         float dpre = kPlain ? dout * silu_grad(pre) : gradient_of_pre(conv, pre, dout);
         const bool counts = kPlain || !(kPacked && negatives >> i & 1);
         if (!counts) dpre = 0.0f;
@@ -175,32 +189,28 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
           sums.dbias[c] += dpre;
         }
       }
+      ask(turn + i);
       if constexpr (kPlain) {
-        using Line = Pack<Element, kChannels>;
-        x_tokens.packs[i] = *reinterpret_cast<const Line *>(x_ahead);
-        dout_tokens.packs[i] = *reinterpret_cast<const Line *>(dout_ahead);
         *reinterpret_cast<Line *>(target) = Line::of(ready);
-        x_ahead += conv.x.stride[2];
-        dout_ahead += p.dout.stride[2];
         target += p.dx.stride[2];
       } else {
-        x_tokens.load_token(conv, conv.x, x_line, x_dense, channel, i, t + kBatch, reach);
-        dout_tokens.load_token(conv, p.dout, dout_line, dout_dense, channel, i, t + kBatch, dout_reach);
         emit(t - kHistory, ready);
       }
       window.push(x);
     }
   };
+  int turn = 0;
   for (int first = begin; first < reach; first += kBatch) {
     constexpr unsigned kMask = (1u << (kHistory + kBatch)) - 1;
     const unsigned starts = kPacked ? Marks::from(marks.starts, begin, first - kHistory) & kMask : 0;
     const unsigned negatives = kPacked ? Marks::from(marks.negatives, begin, first) & kMask : 0;
-    const bool inside = first >= begin + kHistory && first + 2 * kBatch <= end;
+    const bool inside = first >= begin + kHistory && first + kBatch <= end;
     if (kExact && conv.silu && (starts | negatives) == 0 && inside) {
-      batch(first, starts, negatives, Flag<true>());
+      batch(first, turn, starts, negatives, Flag<true>());
     } else {
-      batch(first, starts, negatives, Flag<false>());
+      batch(first, turn, starts, negatives, Flag<false>());
     }
+    if (kAhead > kBatch) turn = (turn + kBatch) % kAhead;
   }
   if (reach == conv.seqlen && reach > 0) finish_run(reach);
 }
@@ -208,18 +218,18 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
 #else
 
 // dpre of kTokens tokens of a channel from token t on, and their sources, one token after the other to
-// visit(i, dpre, source). `before`: the inputs before them. Bits of `starts` are from kHistory tokens before t on.
+// visit(i, dpre, source). `before`: the span before them. Bits of `starts` are from kHistory tokens before t on.
 template <int kTokens, bool kPlain, typename Visit>
 __device__ __forceinline__ void visit_tokens(const OxiConvBackward &p, const Filter &filter, long long b, int channel, int t,
-                                             const float (&before)[kHistory], const Span &x, const Span &dout,
-                                             unsigned starts, unsigned negatives, Visit visit) {
+                                             const Span &before, const Span &x, const Span &dout, unsigned starts,
+                                             unsigned negatives, Visit visit) {
   const OxiConv &conv = p.conv;
   Window window;
   window.clear();
 #pragma unroll
   for (int i = 0; i < kHistory; ++i) {
     if (!kPlain && starts >> i & 1) window.start_run(conv, b, channel, t - kHistory + i);
-    const float value[1] = {before[i]};
+    const float value[1] = {before[kSpan - kHistory + i]};
     window.push(value);
   }
   if (!kPacked && t == 0 && conv.initial_states.data != nullptr) window.start_run(conv, b, channel, 0);
@@ -238,6 +248,8 @@ __device__ __forceinline__ void visit_tokens(const OxiConvBackward &p, const Fil
 
 __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &marks, long long b, int channel, int begin,
                                      int end, const Filter &filter, Sums &sums) {
+  __shared__ Rings x_rings, dout_rings;
+  Ring &x_ring = x_rings.own(), &dout_ring = dout_rings.own();
   const OxiConv &conv = p.conv;
   const int lane = threadIdx.x % kWarp;
   const bool x_dense = is_dense(conv, OXI_CONV_X), dout_dense = is_dense(conv, OXI_CONV_DOUT);
@@ -248,26 +260,39 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
   // From the last step to the first, as a token's gradient takes dpre of later ones.
   const int steps = (end - begin + kStep - 1) / kStep;
   int first = begin + (steps - 1) * kStep + lane * kSpan;
+  Element *dx_at = line_to_write(p.dx, b, channel) + first * token_step(p.dx);
+
+  // The next step to ask for; the last one for what is before the span.
+  constexpr int kAhead = 3;
+  int asked_first = first;
   const Element *x_at = line(conv.x, b, channel) + first * token_step(conv.x);
   const Element *dout_at = line(p.dout, b, channel) + first * token_step(p.dout);
-  Element *dx_at = line_to_write(p.dx, b, channel) + first * token_step(p.dx);
-  Inputs next_x;
-  Span next_dout;
-  const auto load_next = [&](int t) __attribute__((always_inline)) {
-    next_x.load(conv, x_at, x_dense, t, conv.seqlen);
-    next_dout = load_span(p.dout, dout_at, dout_dense, t, dout_end);
+  Span x_asked, dout_asked;
+  const auto ask = [&](int n) __attribute__((always_inline)) {
+    x_asked = x_ring.ask(conv.x, x_at, x_dense, n, asked_first, lowest_token(begin), conv.seqlen);
+    dout_asked = dout_ring.ask(p.dout, dout_at, dout_dense, n, asked_first, begin, dout_end);
+    end_of_batch();
+    asked_first -= kStep;
+    x_at -= kStep * token_step(conv.x);
+    dout_at -= kStep * token_step(p.dout);
   };
-  load_next(first);
+  const auto keep = [&](int n) __attribute__((always_inline)) {
+    x_ring.keep(n, x_asked);
+    dout_ring.keep(n, dout_asked);
+  };
+  __syncwarp();  // no lane still reads of the span before
+#pragma unroll
+  for (int i = 1; i <= kAhead; ++i) {
+    ask(steps - i);
+    keep(steps - i);
+  }
 
   // Of the step after, dpre of its first tokens; for the last step they are computed here.
   float later[kHistory] = {};
   if (end < conv.seqlen) {
     const Element *end_x = line(conv.x, b, channel) + end * token_step(conv.x);
     const Element *end_dout = line(p.dout, b, channel) + end * token_step(p.dout);
-    const Span span_before = load_span(conv.x, end_x - kSpan * token_step(conv.x), x_dense, end - kSpan, conv.seqlen);
-    float before[kHistory];
-#pragma unroll
-    for (int i = 0; i < kHistory; ++i) before[i] = span_before[kSpan - kHistory + i];
+    const Span before = load_span(conv.x, end_x - kSpan * token_step(conv.x), x_dense, end - kSpan, conv.seqlen);
     unsigned starts = 0, negatives = 0;
     if constexpr (kPacked) {
       starts = Marks::from(marks.starts, begin, end - kHistory);
@@ -280,13 +305,12 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
   }
 
   // `plain`: of documents none begins or ends among the tokens, their history or as many later ones, no id is negative.
-  const auto step = [&](const Inputs &x, const Span &dout, unsigned starts, unsigned negatives, auto plain)
-      __attribute__((always_inline)) {
+  const auto step = [&](const Span &before, const Span &x, const Span &dout, unsigned starts, unsigned negatives,
+                        auto plain) __attribute__((always_inline)) {
     constexpr bool kPlain = decltype(plain)::value;
     const auto starts_at = [&](int i) __attribute__((always_inline)) { return (starts >> (kHistory + i) & 1) != 0; };
-    float before[kHistory], dpre[kSpan + kHistory];
-    x.history(before);
-    visit_tokens<kSpan, kPlain>(p, filter, b, channel, first, before, x.own, dout, starts, negatives,
+    float dpre[kSpan + kHistory];
+    visit_tokens<kSpan, kPlain>(p, filter, b, channel, first, before, x, dout, starts, negatives,
                                 [&](int i, float value, auto source) __attribute__((always_inline)) {
                                   dpre[i] = value;
                                   if (!kPlain && negatives >> i & 1) return;
@@ -360,12 +384,12 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
     store_span(p.dx, dx_at, dx_dense, first, end, dx);
   };
 
-  for (int i = 0; i < steps; ++i) {
-    const Inputs x = next_x;
-    const Span dout = next_dout;
-    x_at -= kStep * token_step(conv.x);
-    dout_at -= kStep * token_step(p.dout);
-    load_next(i + 1 < steps ? first - kStep : -kSpan);
+  for (int n = steps - 1; n >= 0; --n) {
+    // All lanes' tokens of this step and of the one before have arrived, and none still reads what is asked over.
+    wait_for_batches<kAhead - 2>();
+    __syncwarp();
+    ask(n - kAhead);
+    const Span before = x_ring.place(n, 1), x = x_ring.place(n, 0), dout = dout_ring.place(n, 0);
     unsigned starts = 0, negatives = 0;
     // Past the span a mark keeps what comes before out of the sums, which may not be finite.
     if (kPacked && first <= end) {
@@ -375,10 +399,11 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
       negatives = Marks::from(marks.negatives, begin, first) & kMask;
     }
     if (kExact && (!kPacked || !__any_sync(kAllLanes, starts | negatives))) {
-      step(x, dout, starts, negatives, Flag<true>());
+      step(before, x, dout, starts, negatives, Flag<true>());
     } else if constexpr (kPacked) {
-      step(x, dout, starts, negatives, Flag<false>());
+      step(before, x, dout, starts, negatives, Flag<false>());
     }
+    keep(n - kAhead);
     dx_at -= kStep * token_step(p.dx);
     first -= kStep;
   }
@@ -403,8 +428,8 @@ extern "C" __global__ void __maxnreg__(kRegisters) KERNEL(const __grid_constant_
   wait_for_earlier_work();
   const Filter filter(conv, min(channel, conv.dim - 1ll));
   Sums sums{};
-  const long long block = blockIdx.x / conv.channel_blocks;
-  for (long long span = block; span < conv.spans; span += p.span_blocks) {
+  const unsigned block = blockIdx.x / conv.channel_blocks;
+  for (unsigned span = block; span < conv.spans; span += p.span_blocks) {
     const long long b = span / conv.spans_of_sequence;
     const int begin = static_cast<int>(span % conv.spans_of_sequence) * conv.tokens;
     const int end = min(conv.tokens, conv.seqlen - begin) + begin;

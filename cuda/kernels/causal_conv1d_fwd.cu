@@ -24,16 +24,27 @@ __device__ __forceinline__ float activate(const OxiConv &p, float pre) { return 
 
 #if LAYOUT == LAST
 
-// How many tokens ahead one is loaded.
+// Tokens at once, and how many tokens ahead one is asked for.
 constexpr int kBatch = 8;
+constexpr int kAhead = kExact ? 16 : kBatch;
 
 __device__ __forceinline__ void walk(const OxiConv &p, const Marks &marks, long long b, int channel, int begin,
                                      int end) {
+  __shared__ Line places[Ahead<kAhead>::kPlaces];
+  Ahead<kAhead> ahead(places);
   const Element *x_line = line(p.x, b, channel);
   Element *out_line = line_to_write(p.out, b, channel);
   const bool x_dense = is_dense(p, OXI_CONV_X), out_dense = is_dense(p, OXI_CONV_OUT);
-  Tokens<kBatch> tokens;
-  tokens.load(p, p.x, x_line, x_dense, channel, begin, end);
+  int asked = begin;
+  const Element *asked_at = x_line + begin * p.x.stride[2];
+  const auto ask = [&](int place) __attribute__((always_inline)) {
+    ahead.ask(p, p.x, asked_at, x_dense, channel, place, asked < end);
+    end_of_batch();
+    asked_at += p.x.stride[2];
+    ++asked;
+  };
+#pragma unroll
+  for (int place = 0; place < kAhead; ++place) ask(place);
   const Filter filter(p, channel);
 
   Window window = window_before(p, marks, b, channel, begin, x_line, x_dense);
@@ -42,10 +53,10 @@ __device__ __forceinline__ void walk(const OxiConv &p, const Marks &marks, long 
     window.start_run(p, b, channel, 0);
   }
 
-  // `plain`: the batch and the next one are whole, no run begins in it, no id is negative.
-  const auto batch = [&](int first, unsigned starts, unsigned negatives, auto plain) __attribute__((always_inline)) {
+  // `plain`: the batch is whole, no run begins in it, no id is negative. `turn`: the place of its first token.
+  const auto batch = [&](int first, int turn, unsigned starts, unsigned negatives, auto plain)
+      __attribute__((always_inline)) {
     constexpr bool kPlain = decltype(plain)::value;
-    const Element *ahead = x_line + (first + kBatch) * p.x.stride[2];
     Element *target = out_line + first * p.out.stride[2];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
@@ -55,37 +66,38 @@ __device__ __forceinline__ void walk(const OxiConv &p, const Marks &marks, long 
         if (t > begin) store_final_states(p, b, channel, t, window);
         window.start_run(p, b, channel, t);
       }
+      wait_for_batches<kAhead - 1>();
+      const Line own = ahead.take(turn + i);
       float x[kChannels], out[kChannels];
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) {
-        x[c] = tokens.at(i, c);
+        x[c] = own[c];
         const auto before = [&](int k) { return window.value[k][c]; };
         const float pre = filter.convolve(p, c, before, x[c]);
         out[c] = kPlain ? silu(pre) : activate(p, pre);
         if (!kPlain && kPacked && negatives >> i & 1) out[c] = 0.0f;
       }
+      ask(turn + i);
       if constexpr (kPlain) {
-        using Line = Pack<Element, kChannels>;
-        tokens.packs[i] = *reinterpret_cast<const Line *>(ahead);
         *reinterpret_cast<Line *>(target) = Line::of(out);
-        ahead += p.x.stride[2];
         target += p.out.stride[2];
       } else {
-        tokens.load_token(p, p.x, x_line, x_dense, channel, i, t + kBatch, end);
         store_channels(p, p.out, out_line, out_dense, channel, t, out);
       }
       window.push(x);
     }
   };
+  int turn = 0;
   for (int first = begin; first < end; first += kBatch) {
     constexpr unsigned kMask = (1u << kBatch) - 1;
     const unsigned starts = kPacked ? Marks::from(marks.starts, begin, first) & kMask : 0;
     const unsigned negatives = kPacked ? Marks::from(marks.negatives, begin, first) & kMask : 0;
-    if (kExact && p.silu && (starts | negatives) == 0 && first + 2 * kBatch <= end) {
-      batch(first, starts, negatives, Flag<true>());
+    if (kExact && p.silu && (starts | negatives) == 0 && first + kBatch <= end) {
+      batch(first, turn, starts, negatives, Flag<true>());
     } else {
-      batch(first, starts, negatives, Flag<false>());
+      batch(first, turn, starts, negatives, Flag<false>());
     }
+    if (kAhead > kBatch) turn = (turn + kBatch) % kAhead;
   }
   if (end > 0) store_final_states(p, b, channel, end, window);
 }
@@ -94,28 +106,43 @@ __device__ __forceinline__ void walk(const OxiConv &p, const Marks &marks, long 
 
 __device__ __forceinline__ void walk(const OxiConv &p, const Marks &marks, long long b, int channel, int begin,
                                      int end) {
+  __shared__ Rings rings;
+  Ring &ring = rings.own();
   const int lane = threadIdx.x % kWarp;
-  int first = begin + lane * kSpan;
-  const Element *x_at = line(p.x, b, channel) + first * token_step(p.x);
-  Element *out_at = line_to_write(p.out, b, channel) + first * token_step(p.out);
   const bool x_dense = is_dense(p, OXI_CONV_X), out_dense = is_dense(p, OXI_CONV_OUT);
-  Inputs next;
-  next.load(p, x_at, x_dense, first, end);
+  int first = begin + lane * kSpan;
+  Element *out_at = line_to_write(p.out, b, channel) + first * token_step(p.out);
+
+  // The next step to ask for; the first one for what is before the span.
+  constexpr int kAhead = 2;
+  int asked_first = first - kStep;
+  const Element *asked_at = line(p.x, b, channel) + asked_first * token_step(p.x);
+  Span asked;
+  const auto ask = [&](int n) __attribute__((always_inline)) {
+    asked = ring.ask(p.x, asked_at, x_dense, n, asked_first, lowest_token(begin), end);
+    end_of_batch();
+    asked_first += kStep;
+    asked_at += kStep * token_step(p.x);
+  };
+#pragma unroll
+  for (int n = -1; n < kAhead; ++n) {
+    ask(n);
+    ring.keep(n, asked);
+  }
   const Filter filter(p, channel);
   Window window;
   window.clear();
   if (kPacked && begin == 0 && lane == 0) store_final_states(p, b, channel, 0, window);
 
   // `plain`: of documents none begins or ends among the tokens or their history, no id is negative.
-  const auto step = [&](const Inputs &x, unsigned starts, unsigned negatives, auto plain) __attribute__((always_inline)) {
+  const auto step = [&](const Span &before, const Span &x, unsigned starts, unsigned negatives, auto plain)
+      __attribute__((always_inline)) {
     constexpr bool kPlain = decltype(plain)::value;
-    float before[kHistory];
-    x.history(before);
     window.clear();
 #pragma unroll
     for (int i = 0; i < kHistory; ++i) {
       if (!kPlain && starts >> i & 1) window.start_run(p, b, channel, first - kHistory + i);
-      const float value[1] = {before[i]};
+      const float value[1] = {before[kSpan - kHistory + i]};
       window.push(value);
     }
     if (!kPacked && first == 0 && p.initial_states.data != nullptr) window.start_run(p, b, channel, 0);
@@ -126,7 +153,7 @@ __device__ __forceinline__ void walk(const OxiConv &p, const Marks &marks, long 
         if (i > 0) store_final_states(p, b, channel, first + i, window);
         window.start_run(p, b, channel, first + i);
       }
-      const float own[1] = {x.own[i]};
+      const float own[1] = {x[i]};
       const auto before_it = [&](int k) { return window.value[k][0]; };
       const float pre = filter.convolve(p, 0, before_it, own[0]);
       out[i] = kPlain ? silu(pre) : activate(p, pre);
@@ -137,12 +164,13 @@ __device__ __forceinline__ void walk(const OxiConv &p, const Marks &marks, long 
     const bool ends = kPacked ? !kPlain && starts >> (kHistory + kSpan) & 1 : first + kSpan == p.seqlen;
     if (ends) store_final_states(p, b, channel, first + kSpan, window);
   };
-  // The same steps for all lanes, which shuffle.
   const int steps = (end - begin + kStep - 1) / kStep;
-  for (int i = 0; i < steps; ++i) {
-    const Inputs x = next;
-    x_at += kStep * token_step(p.x);
-    next.load(p, x_at, x_dense, first + kStep, end);
+  for (int n = 0; n < steps; ++n) {
+    // All lanes' tokens have arrived, and none still reads what is asked over.
+    wait_for_batches<kAhead - 1>();
+    __syncwarp();
+    ask(n + kAhead);
+    const Span before = ring.place(n, 1), x = ring.place(n, 0);
     unsigned starts = 0, negatives = 0;
     if (kPacked && first < end) {
       // From kHistory tokens before the lane's first one to the one after its last.
@@ -151,10 +179,11 @@ __device__ __forceinline__ void walk(const OxiConv &p, const Marks &marks, long 
       negatives = Marks::from(marks.negatives, begin, first) & kMask;
     }
     if (kExact && (!kPacked || !__any_sync(kAllLanes, starts | negatives))) {
-      step(x, starts, negatives, Flag<true>());
+      step(before, x, starts, negatives, Flag<true>());
     } else if constexpr (kPacked) {
-      step(x, starts, negatives, Flag<false>());
+      step(before, x, starts, negatives, Flag<false>());
     }
+    ring.keep(n + kAhead, asked);
     out_at += kStep * token_step(p.out);
     first += kStep;
   }
@@ -170,7 +199,7 @@ constexpr int kRegisters = __CUDA_ARCH__ == 900 && !kPacked ? 128 : 168;
 extern "C" __global__ void __maxnreg__(kRegisters) KERNEL(const __grid_constant__ OxiConv p) {
   __shared__ Marks marks;
 
-  const long long span = blockIdx.x / p.channel_blocks;
+  const unsigned span = blockIdx.x / p.channel_blocks;
   const long long b = span / p.spans_of_sequence;
   const int begin = static_cast<int>(span % p.spans_of_sequence) * p.tokens;
   const int end = min(p.tokens, p.seqlen - begin) + begin;

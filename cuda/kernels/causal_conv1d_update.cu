@@ -11,7 +11,11 @@
 // token; tokens; states after each token, where asked for, while the state is still as it was; the state.
 //
 // SEQUENCES > 0: one token, width and state_len 4, lines of state and weight dense: each moves at once, and a block owns so
-// many sequences, whose loads are under way together. Nothing is read on the host: a sequence of index -1 gets zeros, one of any other index outside the slots NaN, and neither touches a state.
+// many sequences, whose loads are under way together. Before it waits for earlier work a thread asks for its lines of the
+// state to be brought to L2.
+//
+// Nothing is read on the host: a sequence of index -1 gets zeros, one of any other index outside the slots NaN, and neither
+// touches a state.
 // fp32: everything between loads and stores of out; states are copied.
 
 #include "dependent_launch.cuh"
@@ -58,25 +62,38 @@ extern "C" __global__ void KERNEL(const __grid_constant__ OxiConvUpdate p) {
   };
   const bool wide_bias = p.bias.dtype == OXI_F32;
 
+  // Volatile: what is read before the wait is not to be found again after it.
+  const auto slot_of = [&](long long b) {
+    if (b >= p.batch) return -1ll;
+    if (p.indices == nullptr) return b;
+    const long long at = b * p.indices_step;
+    if (p.indices_are_64_bit) return static_cast<long long>(static_cast<const volatile long long *>(p.indices)[at]);
+    return static_cast<long long>(static_cast<const volatile int *>(p.indices)[at]);
+  };
+  const auto is_slot = [&](long long slot) { return slot >= 0 && slot < p.slots; };
+
+  if constexpr (SEQUENCES > 0 && kStartsEarly) {
+    // An index that earlier work is yet to write costs no more than the wrong lines.
+#pragma unroll
+    for (int i = 0; i < kSequences; ++i) {
+      const long long slot = slot_of(first_sequence + i);
+      if (is_slot(slot)) prefetch_early(state_of(slot));
+    }
+  }
   wait_for_earlier_work();
   let_next_kernel_start();
   if constexpr (SEQUENCES > 0) {
     using Line = Pack<Element, kWhole>;
     long long slots[kSequences];
 #pragma unroll
-    for (int i = 0; i < kSequences; ++i) {
-      const long long b = first_sequence + i;
-      slots[i] = b;
-      if (b < p.batch && p.indices != nullptr) slots[i] = load_integer(p.indices, b * p.indices_step, p.indices_are_64_bit);
-    }
+    for (int i = 0; i < kSequences; ++i) slots[i] = slot_of(first_sequence + i);
     Line lines[kSequences];
     Element own[kSequences];
 #pragma unroll
     for (int i = 0; i < kSequences; ++i) {
-      const bool has = first_sequence + i < p.batch && slots[i] >= 0 && slots[i] < p.slots;
       lines[i] = Line{};
       own[i] = from_float<Element>(0.0f);
-      if (has) lines[i] = *reinterpret_cast<const Line *>(state_of(slots[i])), own[i] = *x_of(first_sequence + i);
+      if (is_slot(slots[i])) lines[i] = *reinterpret_cast<const Line *>(state_of(slots[i])), own[i] = *x_of(first_sequence + i);
     }
     float weight[kWhole];
     const long long offset = channel * p.weight.stride[0];
@@ -90,7 +107,7 @@ extern "C" __global__ void KERNEL(const __grid_constant__ OxiConvUpdate p) {
     for (int i = 0; i < kSequences; ++i) {
       const long long b = first_sequence + i;
       if (b >= p.batch) continue;
-      if (slots[i] < 0 || slots[i] >= p.slots) {
+      if (!is_slot(slots[i])) {
         *out_of(b) = result_without(slots[i]);
         continue;
       }
@@ -110,8 +127,8 @@ extern "C" __global__ void KERNEL(const __grid_constant__ OxiConvUpdate p) {
   const long long b = first_sequence;
   const Element *x = x_of(b);
   Element *out = out_of(b);
-  const long long slot = p.indices == nullptr ? b : load_integer(p.indices, b * p.indices_step, p.indices_are_64_bit);
-  if (slot < 0 || slot >= p.slots) {
+  const long long slot = slot_of(b);
+  if (!is_slot(slot)) {
     for (int t = 0; t < p.seqlen; ++t) out[t * p.out.stride[2]] = result_without(slot);
     return;
   }

@@ -87,7 +87,7 @@ extern "C" __global__ void __maxnreg__(kRegisters) KERNEL(const __grid_constant_
       each_vector(thread, threads, p.group_size, [&](int i, int first) {
 #pragma unroll
         for (int tensor = 0; tensor < kTensors; ++tensor) {
-          copy_async(&place(turn, tensor, i), lines[tensor].data + first, first < p.group_size);
+          copy_async<16>(&place(turn, tensor, i), lines[tensor].data + first, first < p.group_size);
         }
       });
     }

@@ -199,7 +199,7 @@ extern "C" __global__ void __launch_bounds__(kMaxWarps *kWarp, kBlocks) KERNEL(c
     if constexpr (kThroughShared) {
 #pragma unroll
       for (int pack = 0; pack < kPacks; ++pack) {
-        copy_async(&place(i, pack), states + slot_rows[i] + first_of(pack, lane, p), true);
+        copy_async<16>(&place(i, pack), states + slot_rows[i] + first_of(pack, lane, p), true);
       }
     } else {
       const auto loaded = load_share(states + slot_rows[i], p.state.stride[3], lane, p);

@@ -2,7 +2,7 @@
 
 use super::launch::{Block, Stream, WARP};
 use super::params::{
-    self, OXI_CONV_DOUT, OXI_CONV_DX, OXI_CONV_OUT, OXI_CONV_WEIGHT, OXI_CONV_X,
+    self, OXI_CONV_CHANNEL_WARPS, OXI_CONV_LINE_THREADS, OXI_CONV_DOUT, OXI_CONV_DX, OXI_CONV_OUT, OXI_CONV_WEIGHT, OXI_CONV_X,
     OXI_EXACT_CONV_WIDTH, OXI_MAX_MARKED_TOKENS, OxiConv, OxiConvBackward, OxiConvParameters,
     VECTOR,
 };
@@ -10,10 +10,6 @@ use crate::error::{Error, Result};
 use crate::ops::causal_conv1d::{ConvGradients, ConvInputs};
 use crate::tensor::{DType, View};
 
-/// Warps of a block along channels: few, as registers then leave room for more blocks.
-const BLOCK_WARPS: usize = 2;
-/// Warps of a block where each has a channel.
-const CHANNEL_WARPS: usize = 4;
 /// Spans begin at multiples of a warp's step where tokens are neighbours, otherwise of what is usual of allocations.
 const STEP: usize = 256;
 const UNIT: usize = 8;
@@ -70,9 +66,10 @@ impl Plan {
         };
         let width = if exact { exact_width } else { any_width };
         let (warps, per_block) = if along_tokens {
-            (CHANNEL_WARPS, CHANNEL_WARPS)
+            (OXI_CONV_CHANNEL_WARPS as usize, OXI_CONV_CHANNEL_WARPS as usize)
         } else {
-            let warps = dims.dim.div_ceil(width * WARP).clamp(1, BLOCK_WARPS);
+            let most = OXI_CONV_LINE_THREADS as usize / WARP;
+            let warps = dims.dim.div_ceil(width * WARP).clamp(1, most);
             (warps, warps * WARP * width)
         };
         Plan {
@@ -126,10 +123,10 @@ impl Plan {
             wide_weight: wide(inputs.weight.dtype),
             wide_initial_states: inputs.initial_states.map_or(0, |states| wide(states.dtype)),
             state_a_document: inputs.initial_states.is_some_and(|s| s.shape[0] == ndocs).into(),
-            channel_blocks: params::size("x", "dim", self.channel_blocks)?,
+            channel_blocks: params::size("x", "dim", self.channel_blocks)? as u32,
             tokens: tokens as i32,
-            spans_of_sequence: spans_of_sequence as i32,
-            spans: (spans_of_sequence * dims.batch) as i64,
+            spans_of_sequence: spans_of_sequence as u32,
+            spans: params::size("x", "batch", spans_of_sequence * dims.batch)? as u32,
             x: Some(&inputs.x).into(),
             weight: Some(&inputs.weight).into(),
             bias: params::vector(inputs.bias.as_ref()),
@@ -221,5 +218,5 @@ pub fn backward(
         dweight_dtype: params::dtype(gradients.dweight.dtype) as i32,
     };
     let columns = dims.dim * (dims.width + 1);
-    stream.launch(&params, &[], [columns.div_ceil(WARP), 1, 1], Block::of(WARP * WARP))
+    stream.launch(&params, &[], [columns.div_ceil(WARP), 1, 1], Block::of_column_sum(span_blocks))
 }

@@ -10,7 +10,7 @@ const THREADS: usize = 4 * WARP;
 /// Width and state_len of the instance that moves lines of both at once: kWhole of the kernel.
 const WHOLE: usize = 4;
 /// The largest value of the axis SEQUENCES, and for how many blocks a multiprocessor it pays.
-const SEQUENCES: usize = 4;
+const SEQUENCES: usize = 2;
 const BLOCKS_AT_ONCE: usize = 4;
 
 pub fn update(

@@ -79,7 +79,7 @@ const FORM: Axis = Axis { define: "FORM", values: &["PLAIN", "PACKED", "ANY"] };
 
 /// One token, to lines of the state that move at once: of how many sequences a thread has them, several for loads enough
 /// under way; 0: any call.
-const SEQUENCES: Axis = Axis { define: "SEQUENCES", values: &["0", "1", "4"] };
+const SEQUENCES: Axis = Axis { define: "SEQUENCES", values: &["0", "1", "2"] };
 
 pub const KERNELS: [Kernel; 9] = number([
     kernel("causal_conv1d_fwd", &[ELEMENT, LAYOUT, FORM]),

@@ -27,6 +27,11 @@ impl Block {
     pub fn of(threads: usize) -> Self {
         Block { threads, shared_bytes: 0 }
     }
+
+    /// Of the kernels that sum columns of so many rows, 32 columns a block (column_sum of reduce.cuh).
+    pub fn of_column_sum(rows: usize) -> Self {
+        Block::of(rows.next_power_of_two().min(WARP) * WARP)
+    }
 }
 
 /// Where a call runs: a device and torch's current stream of it.

@@ -142,5 +142,5 @@ pub fn backward(
         dim: params::size("x", "dim", dims.dim)?,
     };
     let columns = dims.dim * if biased { 2 } else { 1 };
-    stream.launch(&params, &[], [columns.div_ceil(WARP), 1, 1], Block::of(WARP * WARP))
+    stream.launch(&params, &[], [columns.div_ceil(WARP), 1, 1], Block::of_column_sum(blocks))
 }

@@ -21,7 +21,9 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(backward)
     def wrapper(ctx: Any, *gradients: Tensor | None) -> Any:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if not is_grad_enabled():
+            return backward(ctx, *gradients)
+        if not torch.compiler.is_compiling():
             gradients = tuple(None if g is None else g.detach().requires_grad_() for g in gradients)
         return raising(ctx, *gradients)
 

@@ -46,23 +46,23 @@ class _CausalConv1d(Function):
         initial_states: Tensor | None,
         silu: bool,
         return_final_states: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Any:
         batch, dim, _ = sizes("x", x, "batch", "dim", "seqlen")
-        width = sizes("weight", weight, "dim", "width")[1]
         out = torch.empty_like(x)
         final_states = None
         if return_final_states:
+            width = sizes("weight", weight, "dim", "width")[1]
             final_states = x.new_empty(ndocs(cu_seqlens, batch), dim, max(width - 1, 0))
         tensors = (x, weight, bias, seq_idx, cu_seqlens, initial_states)
         _kernels.causal_conv1d_forward(tensors, silu, out, final_states)
         ctx.save_for_backward(*tensors)
         ctx.silu = silu
         ctx.set_materialize_grads(False)
-        return out, final_states
+        return (out, final_states) if return_final_states else out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dfinal_states: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor | None, dfinal_states: Tensor | None = None) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         x, weight, bias, _, _, initial_states = tensors
         dx, dweight = torch.empty_like(x), torch.empty_like(weight)
@@ -122,11 +122,10 @@ def causal_conv1d_fn(
         ):
             raise ValueError("final_states_out: got an expanded tensor; allowed: one with an element for each value")
     silu = is_silu(activation)
-    out, final_states = apply(
-        _CausalConv1d, x, weight, bias, seq_idx, cu_seqlens, initial_states, silu, return_final_states
-    )
+    results = apply(_CausalConv1d, x, weight, bias, seq_idx, cu_seqlens, initial_states, silu, return_final_states)
     if not return_final_states:
-        return out
+        return results
+    out, final_states = results
     if final_states_out is not None:
         final_states = final_states_out.copy_(final_states)
     return out, final_states
