@@ -31,7 +31,7 @@ from .timing import Call, Effort, Timing
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 
-#: So many calls share a backward for the host's time: one hand-over to autograd's thread, as one of a model's layers.
+#: So many calls share a backward for the host's time, as a model's layers do: one hand-over to autograd's thread.
 CALLS_OF_A_BACKWARD = 16
 
 
@@ -62,7 +62,7 @@ def forward(op: Op, call: partial[Any], tensors: Tensors, gradients: list[Tensor
     return bound(call, leaves)
 
 
-def backward(op: Op, call: partial[Any], tensors: Tensors, gradients: list[Tensor], calls: int = 1) -> Call:
+def backward(op: Op, call: Callable[..., Any], tensors: Tensors, gradients: list[Tensor], calls: int = 1) -> Call:
     """The backward alone, of a forward that runs here; of `calls` of them at once, as a model's is of many layers."""
     outputs, wanted = [], []
     for _ in range(calls):
@@ -70,6 +70,29 @@ def backward(op: Op, call: partial[Any], tensors: Tensors, gradients: list[Tenso
         wanted += [t for t in leaves.values() if t.requires_grad]
         outputs += as_list(call(**leaves))
     return lambda: torch.autograd.grad(outputs, wanted, gradients * calls, retain_graph=True, allow_unused=True)
+
+
+class Nothing(torch.autograd.Function):
+    """Saves its arguments, and hands out results and gradients made before: what autograd itself takes of the host."""
+
+    @staticmethod
+    def forward(ctx: Any, outputs: list[Tensor], gradients: list[Tensor | None], *arguments: Tensor) -> Any:
+        ctx.save_for_backward(*arguments)
+        ctx.gradients = gradients
+        return tuple(output.detach() for output in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        assert ctx.saved_tensors
+        return None, None, *ctx.gradients
+
+
+def nothing(call: partial[Any], tensors: Tensors) -> Callable[..., Any]:
+    """What takes the same arguments as a call and returns the like of its results, by `Nothing`."""
+    with torch.no_grad():
+        outputs = as_list(call(**tensors))
+    gradients = [torch.empty_like(t) if t.is_floating_point() else None for t in tensors.values()]
+    return lambda **leaves: Nothing.apply(outputs, gradients, *leaves.values())
 
 
 #: What is timed of each pass.
@@ -164,16 +187,21 @@ class Bench:
         def compare(impl: str, call: partial[Any], which: str) -> None:
             error = expected.error(which, call)
             tensors, gradients, _ = self.arguments(op, which, call, tiny)
-            if which == "bwd":
-                many = backward(op, call, tensors, gradients, CALLS_OF_A_BACKWARD)
-                host_us = timing.host_us(many, self.device, self.effort) / CALLS_OF_A_BACKWARD
-            else:
-                host_us = timing.host_us(PASSES[which](op, call, tensors, gradients), self.device, self.effort)
-            checked.append(Checked(impl, which, call, error, host_us))
+            checked.append(Checked(impl, which, call, error, self.host_us(op, which, call, tensors, gradients)))
 
         for impl, call in calls.items():
             for which in passes:
                 self.attempt(f"{case.name} {which} {impl}", impl, partial(compare, impl, call, which))
+
+    def host_us(self, op: Op, which: str, call: partial[Any], tensors: Tensors, gradients: list[Tensor]) -> float:
+        """How long the host is busy with a call; of a backward, what a call adds to what autograd itself takes."""
+        if which == "fwd":
+            return timing.host_us(forward(op, call, tensors, gradients), self.device, self.effort)
+        one, none = (
+            timing.host_us(backward(op, each, tensors, gradients, CALLS_OF_A_BACKWARD), self.device, self.effort)
+            for each in (call, nothing(call, tensors))
+        )
+        return (one - none) / CALLS_OF_A_BACKWARD
 
     def measure(self, case: Case) -> None:
         """Every pass of a case that was right."""
@@ -326,11 +354,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     effort = timing.QUICK if options.quick else timing.FULL
     bench = Bench(device, options.dtype, options.passes, effort, peers)
     print(f"{bench.gpu}: {report.ceilings(bench.ceilings.measured())}\n{report.HEADER}", flush=True)
+    # torch keeps the memory in between: a GPU clears what is given back, beside what is measured next.
     for sweep in (bench.check, bench.measure):
         for case in options.chosen:
             bench.attempt(case.name, OURS, partial(sweep, case))
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
     if bench.records:
         path = options.out / f"{machine.slug(bench.gpu)}-{datetime.now(timezone.utc).date().isoformat()}.json"
         records.write(bench.records, path)

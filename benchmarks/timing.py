@@ -5,8 +5,8 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -200,9 +200,16 @@ def replay_us(prepare: Callable[[], Call], nbytes: int, device: torch.device, ef
     return median_us(graph.replay, device, effort) / (sets * rounds)
 
 
+def run_on(cores: Iterable[int]) -> None:
+    """Let this process's threads, autograd's among them, run on these cores alone."""
+    for thread in os.listdir("/proc/self/task"):
+        with suppress(ProcessLookupError):  # it has ended
+            os.sched_setaffinity(int(thread), cores)
+
+
 @contextmanager
 def kept_affinity() -> Iterator[list[int]]:
-    """The cores that this thread may run on, which it may run on again at the end; none where a system does not say."""
+    """The cores that this thread may run on, which all may run on at the end; none where a system does not say."""
     if not hasattr(os, "sched_setaffinity"):
         yield []
         return
@@ -210,21 +217,21 @@ def kept_affinity() -> Iterator[list[int]]:
     try:
         yield sorted(cores)
     finally:
-        os.sched_setaffinity(0, cores)
+        run_on(cores)
 
 
 def host_us(call: Call, device: torch.device, effort: Effort) -> float:
     """How long the host is busy with a call, in the fastest of loops that do not wait for the GPU.
 
     Not the median: whatever else runs on the machine only adds, on shared cores up to twice the time. With a GPU, where
-    a call keeps one thread busy, loops go round the cores: those that others leave alone change within seconds.
+    one thread is busy at a time, loops go round the cores: those that others leave alone change within seconds.
     """
     warm_us(call, device)
     samples = []
     with kept_affinity() as cores:
         for loop in range(effort.host_loops):
             if device.type == "cuda" and cores:
-                os.sched_setaffinity(0, {cores[loop // LOOPS_A_CORE % len(cores)]})
+                run_on({cores[loop // LOOPS_A_CORE % len(cores)]})
             synchronize(device)
             started = time.perf_counter()
             for _ in range(effort.host_calls):

@@ -11,8 +11,8 @@
 // FORM = PLAIN: width 4, all tensors' lines dense and aligned, so that they move in accesses of up to 16 bytes, no documents,
 // and along tokens silu and only whole packs; PACKED: the same with documents; ANY: anything, a tensor's lines element by
 // element but where they are dense (a bit of `dense`). Where nothing is near that is special, the end of a document or,
-// along channels, of a span, tokens take a shorter way (`plain`). Sums are taken in the same order in every case, so results
-// have the same bits.
+// along channels, of a span, tokens take a shorter way (`plain`). A token's sums are taken in the same order in every case,
+// so results have the same bits.
 //
 // Unless PLAIN, a block first finds where runs begin among its tokens, a bit for each in shared memory, and which ids are
 // negative. Nothing is trusted of cu_seqlens but the number of its elements: values are only compared with positions.
@@ -45,7 +45,7 @@ constexpr int kTaps = kExact ? OXI_EXACT_CONV_WIDTH : OXI_MAX_CONV_WIDTH;
 constexpr int kHistory = kTaps - 1;
 __device__ __forceinline__ int missing_taps(const OxiConv &p) { return kExact ? 0 : kTaps - p.width; }
 
-// Along channels a thread's channels: as many as leave registers for loads under way.
+// Along channels a thread's channels: as many as leave room for enough warps.
 constexpr int kChannels = kAlongTokens ? 1 : kExact ? 8 / sizeof(Element) : 2;
 // Along tokens a lane's tokens, and a warp's. A lane needs to know of no more than the lanes next to it.
 constexpr int kSpan = kExact ? kVector<Element> : 8;
@@ -295,8 +295,8 @@ struct Ahead {
   __device__ __forceinline__ explicit Ahead(Line (&places)[kPlaces]) : shared(places + threadIdx.x) {}
 
   // Ask for a token, which lies at `at`; 0 where there is none.
-  __device__ __forceinline__ void ask(const OxiConv &p, const OxiTensor3 &tensor, const Element *at, bool dense, int channel,
-                                      int place, bool inside) {
+  __device__ __forceinline__ void ask(const OxiConv &p, const OxiTensor3 &tensor, const Element *at, bool dense,
+                                      int channel, int place, bool inside) {
     if constexpr (kExact) {
       copy_async<sizeof(Line)>(shared + place * OXI_CONV_LINE_THREADS, at, inside);
     } else {
@@ -311,12 +311,13 @@ struct Ahead {
 // Store a token's channels.
 __device__ __forceinline__ void store_channels(const OxiConv &p, const OxiTensor3 &tensor, Element *line, bool dense,
                                                int channel, int t, const float (&values)[kChannels]) {
-  store_pack(line + t * tensor.stride[2], tensor.stride[1], 0, dense ? kChannels : p.dim - channel, dense, Line::of(values));
+  store_pack(line + t * tensor.stride[2], tensor.stride[1], 0, dense ? kChannels : p.dim - channel, dense,
+             Line::of(values));
 }
 
 // The inputs before a span's first token; where a sequence begins with it, zeros.
-__device__ __forceinline__ Window window_before(const OxiConv &p, const Marks &marks, long long b, int channel, int begin,
-                                                const Element *x_line, bool x_dense) {
+__device__ __forceinline__ Window window_before(const OxiConv &p, const Marks &marks, long long b, int channel,
+                                                int begin, const Element *x_line, bool x_dense) {
   Line before[kHistory];
 #pragma unroll
   for (int i = 0; i < kHistory; ++i) {

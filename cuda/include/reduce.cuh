@@ -43,7 +43,7 @@ __device__ inline float column_sum(const float *partials, int rows, long long co
   const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   float sum = 0.0f;
   if (first + lane < columns) {
-#pragma unroll 4
+#pragma unroll 8
     for (int row = warp; row < rows; row += warps) sum += partials[row * columns + first + lane];
   }
   sums[warp][lane] = sum;

@@ -13,13 +13,14 @@
 // part of dweight and dbias, and the initial state of a run that begins with it. Sums for the parameters stay in registers
 // until the last span, and are then the block's row of partials.
 //
-// Phases, for each span: unless PLAIN mark where runs begin, between barriers; then without one: the inputs before the
-// first token; tokens to width - 1 past the last one. Along channels each token is loaded kBatch tokens ahead, and the
-// gradients of the last width - 1 sources stay in registers until they are whole. Along tokens dpre of a thread's tokens and
-// of width - 1 after them, then sums of those; at the end the warp's lanes' sums for the parameters by shuffles.
+// Phases, for each span: unless PLAIN mark where runs begin, between barriers. Along channels then without one: the first
+// tokens are asked for; the inputs before them; token by token, to width - 1 past the last one, each asked for kAhead tokens
+// ahead; the gradients of the last width - 1 sources stay in registers until they are whole. Along tokens from the last step
+// to the first, each asked for kAhead steps ahead, a warp's barrier in each: dpre of a lane's tokens, then dx from those and
+// the next lane's first ones, by shuffles; at the end the lanes' sums for the parameters.
 //
-// Shared memory: unless PLAIN two bits for each token of the span, 544 bytes. fp32: everything between loads and stores,
-// and partials.
+// Shared memory: tokens under way, along channels 8 KB, along tokens 16 KB, 32 KB of ANY in fp32; unless PLAIN two bits for
+// each token of the span, 544 bytes. fp32: everything between loads and stores, and partials.
 
 #include "causal_conv1d.cuh"
 
@@ -85,8 +86,15 @@ __device__ __forceinline__ int document_to(const OxiConv &p, int end) {
 constexpr int kBatch = 4;
 constexpr int kAhead = kExact ? 8 : kBatch;
 
+// Batches in the span and past it where nothing is near that is special, and any others.
+enum Where { INSIDE, PAST, ELSE };
+template <Where kWhere>
+struct Batch {
+  static constexpr Where value = kWhere;
+};
+
 __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &marks, long long b, int channel, int begin,
-                                     int end, const Filter &filter, Sums &sums) {
+                                     int end, Sums &sums) {
   __shared__ Line x_places[Ahead<kAhead>::kPlaces], dout_places[Ahead<kAhead>::kPlaces];
   Ahead<kAhead> x_ahead(x_places), dout_ahead(dout_places);
   const OxiConv &conv = p.conv;
@@ -110,6 +118,7 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
   wait_for_batches<0>();  // of the span before
 #pragma unroll
   for (int place = 0; place < kAhead; ++place) ask(place);
+  const Filter filter(conv, channel);
 
   Window window = window_before(conv, marks, b, channel, begin, x_line, x_dense);
   // Of the sources before the present token, oldest first: their gradients so far.
@@ -149,14 +158,15 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
     if (t > begin && t <= end) pass_empty_documents(p, b, channel, t);
   };
 
-  // `plain`: the batch and the sources that it makes whole are in the span, no run begins among them, no id is negative.
-  // `turn`: the place of its first token.
-  const auto batch = [&](int first, int turn, unsigned starts, unsigned negatives, auto plain)
+  // INSIDE and PAST: no run begins in the batch or among the sources that it makes whole, no id is negative; the batch is in
+  // the span, or all kHistory tokens past it. `turn`: the place of its first token.
+  const auto batch = [&](int first, int turn, unsigned starts, unsigned negatives, auto where)
       __attribute__((always_inline)) {
-    constexpr bool kPlain = decltype(plain)::value;
+    constexpr Where kWhere = decltype(where)::value;
+    constexpr bool kPlain = kWhere != ELSE;
     Element *target = dx_line + (first - kHistory) * p.dx.stride[2];
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
+    for (int i = 0; i < (kWhere == PAST ? kHistory : kBatch); ++i) {
       const int t = first + i;
       if (!kPlain && t >= reach) break;
       if (!kPlain && kPacked && starts >> (kHistory + i) & 1 && t > 0) {
@@ -180,7 +190,7 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
 #pragma unroll
         for (int k = 1; k < kHistory; ++k) pending[k - 1][c] = fmaf(filter.weight[k][c], dpre, pending[k][c]);
         pending[kHistory - 1][c] = filter.weight[kHistory][c] * dpre;
-        if (kPlain || (t < end && counts)) {
+        if (kWhere == INSIDE || (!kPlain && t < end && counts)) {
 #pragma unroll
           for (int k = 0; k < kHistory; ++k) {
             if (kExact || k >= missing_taps(conv)) sums.dweight[k][c] = fmaf(dpre, source(k), sums.dweight[k][c]);
@@ -191,7 +201,7 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
       }
       ask(turn + i);
       if constexpr (kPlain) {
-        *reinterpret_cast<Line *>(target) = Line::of(ready);
+        if (t - kHistory >= begin) *reinterpret_cast<Line *>(target) = Line::of(ready);
         target += p.dx.stride[2];
       } else {
         emit(t - kHistory, ready);
@@ -204,11 +214,14 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
     constexpr unsigned kMask = (1u << (kHistory + kBatch)) - 1;
     const unsigned starts = kPacked ? Marks::from(marks.starts, begin, first - kHistory) & kMask : 0;
     const unsigned negatives = kPacked ? Marks::from(marks.negatives, begin, first) & kMask : 0;
-    const bool inside = first >= begin + kHistory && first + kBatch <= end;
-    if (kExact && conv.silu && (starts | negatives) == 0 && inside) {
-      batch(first, turn, starts, negatives, Flag<true>());
+    // Not a sequence's first tokens: what they give to sources before it may be an initial state's gradient.
+    const bool plain = kExact && conv.silu && (starts | negatives) == 0 && (begin > 0 || first >= kHistory);
+    if (plain && first + kBatch <= end) {
+      batch(first, turn, starts, negatives, Batch<INSIDE>());
+    } else if (plain && first == end && reach - end == kHistory) {
+      batch(first, turn, starts, negatives, Batch<PAST>());
     } else {
-      batch(first, turn, starts, negatives, Flag<false>());
+      batch(first, turn, starts, negatives, Batch<ELSE>());
     }
     if (kAhead > kBatch) turn = (turn + kBatch) % kAhead;
   }
@@ -220,9 +233,9 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
 // dpre of kTokens tokens of a channel from token t on, and their sources, one token after the other to
 // visit(i, dpre, source). `before`: the span before them. Bits of `starts` are from kHistory tokens before t on.
 template <int kTokens, bool kPlain, typename Visit>
-__device__ __forceinline__ void visit_tokens(const OxiConvBackward &p, const Filter &filter, long long b, int channel, int t,
-                                             const Span &before, const Span &x, const Span &dout, unsigned starts,
-                                             unsigned negatives, Visit visit) {
+__device__ __forceinline__ void visit_tokens(const OxiConvBackward &p, const Filter &filter, long long b, int channel,
+                                             int t, const Span &before, const Span &x, const Span &dout,
+                                             unsigned starts, unsigned negatives, Visit visit) {
   const OxiConv &conv = p.conv;
   Window window;
   window.clear();
@@ -237,7 +250,9 @@ __device__ __forceinline__ void visit_tokens(const OxiConvBackward &p, const Fil
   for (int i = 0; i < kTokens; ++i) {
     if (!kPlain && starts >> (kHistory + i) & 1) window.start_run(conv, b, channel, t + i);
     const float own[1] = {x[i]};
-    const auto source = [&](int k) __attribute__((always_inline)) { return k < kHistory ? window.value[k][0] : own[0]; };
+    const auto source = [&](int k) __attribute__((always_inline)) {
+      return k < kHistory ? window.value[k][0] : own[0];
+    };
     const float pre = filter.convolve(conv, 0, source, own[0]);
     float dpre = kPlain ? dout[i] * silu_grad(pre) : gradient_of_pre(conv, pre, dout[i]);
     if (!kPlain && negatives >> i & 1) dpre = 0.0f;
@@ -247,7 +262,7 @@ __device__ __forceinline__ void visit_tokens(const OxiConvBackward &p, const Fil
 }
 
 __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &marks, long long b, int channel, int begin,
-                                     int end, const Filter &filter, Sums &sums) {
+                                     int end, Sums &sums) {
   __shared__ Rings x_rings, dout_rings;
   Ring &x_ring = x_rings.own(), &dout_ring = dout_rings.own();
   const OxiConv &conv = p.conv;
@@ -286,6 +301,7 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
     ask(steps - i);
     keep(steps - i);
   }
+  const Filter filter(conv, channel);
 
   // Of the step after, dpre of its first tokens; for the last step they are computed here.
   float later[kHistory] = {};
@@ -413,8 +429,8 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
 
 }  // namespace
 
-// For more warps at once where that was measured; elsewhere enough for no spills.
-constexpr int kRegisters = __CUDA_ARCH__ == 900 && kExact ? 160 : 224;
+// Enough for no spills.
+constexpr int kRegisters = kExact ? 160 : 224;
 
 extern "C" __global__ void __maxnreg__(kRegisters) KERNEL(const __grid_constant__ OxiConvBackward p) {
   __shared__ Marks marks;
@@ -426,7 +442,6 @@ extern "C" __global__ void __maxnreg__(kRegisters) KERNEL(const __grid_constant_
   const bool owns = channel < conv.dim;
 
   wait_for_earlier_work();
-  const Filter filter(conv, min(channel, conv.dim - 1ll));
   Sums sums{};
   const unsigned block = blockIdx.x / conv.channel_blocks;
   for (unsigned span = block; span < conv.spans; span += p.span_blocks) {
@@ -439,12 +454,12 @@ extern "C" __global__ void __maxnreg__(kRegisters) KERNEL(const __grid_constant_
       __syncthreads();
     }
     if (!owns) continue;
-    walk(p, marks, b, channel, begin, end, filter, sums);
+    walk(p, marks, b, channel, begin, end, sums);
   }
   if (!owns) return;
 
   const int missing = missing_taps(conv);
-  float *row = p.partials + block * (conv.width + 1) * conv.dim + channel;
+  float *row = p.partials + static_cast<long long>(block) * (conv.width + 1) * conv.dim + channel;
   if constexpr (kAlongTokens) {
     float totals[kTaps + 1];
 #pragma unroll

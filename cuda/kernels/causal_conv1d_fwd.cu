@@ -9,10 +9,12 @@
 // i % channel_blocks-th part; causal_conv1d.cuh says what of it belongs to a thread. A thread that owns token t writes the
 // final states of documents that end with it.
 //
-// Phases: unless PLAIN mark where runs begin, a barrier; then without one: the inputs before the first token; along
-// channels token by token, each loaded kBatch tokens ahead; along tokens a step of the warp after the other.
+// Phases: unless PLAIN mark where runs begin, a barrier. Along channels then without one: the first tokens are asked for; the
+// inputs before them; token by token, each asked for kAhead tokens ahead. Along tokens from the first step to the last, each
+// asked for kAhead steps ahead, a warp's barrier in each.
 //
-// Shared memory: unless PLAIN two bits for each token of the span, 544 bytes. fp32: everything between loads and stores.
+// Shared memory: tokens under way, 8 KB, 16 KB of ANY along tokens in fp32; unless PLAIN two bits for each token of the span,
+// 544 bytes. fp32: everything between loads and stores.
 
 #include "causal_conv1d.cuh"
 
@@ -193,8 +195,8 @@ __device__ __forceinline__ void walk(const OxiConv &p, const Marks &marks, long 
 
 }  // namespace
 
-// For more warps at once where that was measured; elsewhere enough for no spills.
-constexpr int kRegisters = __CUDA_ARCH__ == 900 && !kPacked ? 128 : 168;
+// Enough for no spills.
+constexpr int kRegisters = kPacked ? 168 : 128;
 
 extern "C" __global__ void __maxnreg__(kRegisters) KERNEL(const __grid_constant__ OxiConv p) {
   __shared__ Marks marks;

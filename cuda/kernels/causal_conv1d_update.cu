@@ -60,7 +60,10 @@ extern "C" __global__ void KERNEL(const __grid_constant__ OxiConvUpdate p) {
   const auto result_without = [](long long slot) {
     return from_float<Element>(slot == -1 ? 0.0f : __int_as_float(0x7fc00000));
   };
-  const bool wide_bias = p.bias.dtype == OXI_F32;
+  const auto load_bias = [&] {
+    if (p.bias.data == nullptr) return 0.0f;
+    return load_either<Element>(p.bias.data, channel * p.bias.step, p.bias.dtype == OXI_F32);
+  };
 
   // Volatile: what is read before the wait is not to be found again after it.
   const auto slot_of = [&](long long b) {
@@ -93,7 +96,9 @@ extern "C" __global__ void KERNEL(const __grid_constant__ OxiConvUpdate p) {
     for (int i = 0; i < kSequences; ++i) {
       lines[i] = Line{};
       own[i] = from_float<Element>(0.0f);
-      if (is_slot(slots[i])) lines[i] = *reinterpret_cast<const Line *>(state_of(slots[i])), own[i] = *x_of(first_sequence + i);
+      if (!is_slot(slots[i])) continue;
+      lines[i] = *reinterpret_cast<const Line *>(state_of(slots[i]));
+      own[i] = *x_of(first_sequence + i);
     }
     float weight[kWhole];
     const long long offset = channel * p.weight.stride[0];
@@ -102,7 +107,7 @@ extern "C" __global__ void KERNEL(const __grid_constant__ OxiConvUpdate p) {
     } else {
       load_whole<Element>(p.weight.data, offset, weight);
     }
-    const float bias = p.bias.data == nullptr ? 0.0f : load_either<Element>(p.bias.data, channel * p.bias.step, wide_bias);
+    const float bias = load_bias();
 #pragma unroll
     for (int i = 0; i < kSequences; ++i) {
       const long long b = first_sequence + i;
@@ -158,7 +163,7 @@ extern "C" __global__ void KERNEL(const __grid_constant__ OxiConvUpdate p) {
     weight[k] = k >= missing ? load_either<Element>(p.weight.data, offset, p.wide_weight) : 0.0f;
     if (k < kMaxHistory) window[k] = k >= missing ? to_float(state[index_of(kMaxHistory - k) * step]) : 0.0f;
   }
-  const float bias = p.bias.data == nullptr ? 0.0f : load_either<Element>(p.bias.data, channel * p.bias.step, wide_bias);
+  const float bias = load_bias();
   for (int t = 0; t < p.seqlen; ++t) {
     const float own = to_float(x[t * p.x.stride[2]]);
     float sum = bias;

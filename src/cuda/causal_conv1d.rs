@@ -2,9 +2,9 @@
 
 use super::launch::{Block, Stream, WARP};
 use super::params::{
-    self, OXI_CONV_CHANNEL_WARPS, OXI_CONV_LINE_THREADS, OXI_CONV_DOUT, OXI_CONV_DX, OXI_CONV_OUT, OXI_CONV_WEIGHT, OXI_CONV_X,
-    OXI_EXACT_CONV_WIDTH, OXI_MAX_MARKED_TOKENS, OxiConv, OxiConvBackward, OxiConvParameters,
-    VECTOR,
+    self, OXI_CONV_CHANNEL_WARPS, OXI_CONV_DOUT, OXI_CONV_DX, OXI_CONV_LINE_THREADS, OXI_CONV_OUT,
+    OXI_CONV_WEIGHT, OXI_CONV_X, OXI_EXACT_CONV_WIDTH, OXI_MAX_MARKED_TOKENS, OxiConv,
+    OxiConvBackward, OxiConvParameters, VECTOR,
 };
 use crate::error::{Error, Result};
 use crate::ops::causal_conv1d::{ConvGradients, ConvInputs};
@@ -19,7 +19,7 @@ const MIN_SPAN: usize = 32;
 const MAX_SEQLEN: usize = i32::MAX as usize - 4096;
 /// Spans for each block that runs at once, for multiprocessors to end together: forward and backward along channels, where
 /// each has a halo to load and backward's blocks go from span to span; along tokens.
-const WAVES_FORWARD: usize = 2;
+const WAVES_FORWARD: usize = 6;
 const WAVES_BACKWARD: usize = 1;
 const WAVES_ALONG_TOKENS: usize = 8;
 

@@ -1,7 +1,9 @@
 //! The only place that launches a kernel.
 
+use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::ptr::null_mut;
+use std::sync::{Mutex, PoisonError};
 
 use cudarc::driver::sys;
 
@@ -28,9 +30,11 @@ impl Block {
         Block { threads, shared_bytes: 0 }
     }
 
-    /// Of the kernels that sum columns of so many rows, 32 columns a block (column_sum of reduce.cuh).
+    /// Of the kernels that sum columns of so many rows (column_sum of reduce.cuh): where there are few, a warp has as many
+    /// as it loads at once.
     pub fn of_column_sum(rows: usize) -> Self {
-        Block::of(rows.next_power_of_two().min(WARP) * WARP)
+        const AT_ONCE: usize = 8;
+        Block::of(rows.div_ceil(AT_ONCE).next_power_of_two().min(WARP) * WARP)
     }
 }
 
@@ -108,7 +112,15 @@ impl Stream {
         if block.shared_bytes > self.device.shared_bytes_left(instance) {
             return Ok(0);
         }
-        self.device.enter(|| {
+        // What the driver said before, as it takes a microsecond to say it.
+        static KNOWN: Mutex<BTreeMap<(usize, usize, usize, usize), usize>> =
+            Mutex::new(BTreeMap::new());
+        let key = (self.device.index, instance, block.threads, block.shared_bytes);
+        let known = || KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(&blocks) = known().get(&key) {
+            return Ok(blocks);
+        }
+        let blocks = self.device.enter(|| {
             let function = self.device.function(instance)?;
             let mut blocks = 0;
             // SAFETY: `blocks` is a valid place for the result, the function one of this context.
@@ -122,6 +134,8 @@ impl Stream {
             };
             check(code, P::KERNEL.name)?;
             Ok(blocks.max(1) as usize * self.device.multiprocessors as usize)
-        })
+        })?;
+        known().insert(key, blocks);
+        Ok(blocks)
     }
 }

@@ -40,7 +40,8 @@ const MAX_DEVICES: usize = 128;
 
 /// A device that kernels run on.
 pub struct CudaDevice {
-    index: usize,
+    /// Torch's.
+    pub index: usize,
     handle: sys::CUdevice,
     pub name: String,
     pub capability: (u32, u32),
