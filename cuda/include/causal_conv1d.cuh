@@ -342,6 +342,20 @@ __device__ __forceinline__ Window window_before(const OxiConv &p, const Marks &m
 // A lane's tokens of a channel.
 using Span = Pack<Element, kSpan>;
 
+// Drop the first value and append one. A loop over tokens that goes along arrays by this need not be unrolled for them to stay
+// in registers, and costs nothing where it is: rare ways are loops, as they would otherwise take most of the code.
+template <int N>
+__device__ __forceinline__ void push(float (&values)[N], float last) {
+#pragma unroll
+  for (int i = 0; i + 1 < N; ++i) values[i] = values[i + 1];
+  values[N - 1] = last;
+}
+
+__device__ __forceinline__ void unpack(const Span &span, float (&values)[kSpan]) {
+#pragma unroll
+  for (int i = 0; i < kSpan; ++i) values[i] = span[i];
+}
+
 // Between tokens of a line.
 __device__ __forceinline__ long long token_step(const OxiTensor3 &tensor) { return kExact ? 1 : tensor.stride[2]; }
 

@@ -165,7 +165,9 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
     constexpr Where kWhere = decltype(where)::value;
     constexpr bool kPlain = kWhere != ELSE;
     Element *target = dx_line + (first - kHistory) * p.dx.stride[2];
-#pragma unroll
+    // Rare ways are loops, as they would otherwise take most of the code; registers under way cannot be indexed in one.
+    constexpr int kUnrolled = kPlain || !kExact ? kBatch : 1;
+#pragma unroll kUnrolled
     for (int i = 0; i < (kWhere == PAST ? kHistory : kBatch); ++i) {
       const int t = first + i;
       if (!kPlain && t >= reach) break;
@@ -230,13 +232,16 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
 
 #else
 
-// dpre of kTokens tokens of a channel from token t on, and their sources, one token after the other to
-// visit(i, dpre, source). `before`: the span before them. Bits of `starts` are from kHistory tokens before t on.
+// dpre of kTokens tokens of a channel from token t on, and their sources, one token after the other to visit(dpre, source,
+// counts). `before`: the span before them. Bits of `starts` are from kHistory tokens before t on.
 template <int kTokens, bool kPlain, typename Visit>
 __device__ __forceinline__ void visit_tokens(const OxiConvBackward &p, const Filter &filter, long long b, int channel,
                                              int t, const Span &before, const Span &x, const Span &dout,
                                              unsigned starts, unsigned negatives, Visit visit) {
   const OxiConv &conv = p.conv;
+  float inputs[kSpan], gradients[kSpan];
+  unpack(x, inputs);
+  unpack(dout, gradients);
   Window window;
   window.clear();
 #pragma unroll
@@ -246,18 +251,21 @@ __device__ __forceinline__ void visit_tokens(const OxiConvBackward &p, const Fil
     window.push(value);
   }
   if (!kPacked && t == 0 && conv.initial_states.data != nullptr) window.start_run(conv, b, channel, 0);
-#pragma unroll
+  constexpr int kUnrolled = kPlain ? kTokens : 1;
+#pragma unroll kUnrolled
   for (int i = 0; i < kTokens; ++i) {
     if (!kPlain && starts >> (kHistory + i) & 1) window.start_run(conv, b, channel, t + i);
-    const float own[1] = {x[i]};
+    const float own[1] = {inputs[0]};
     const auto source = [&](int k) __attribute__((always_inline)) {
       return k < kHistory ? window.value[k][0] : own[0];
     };
     const float pre = filter.convolve(conv, 0, source, own[0]);
-    float dpre = kPlain ? dout[i] * silu_grad(pre) : gradient_of_pre(conv, pre, dout[i]);
-    if (!kPlain && negatives >> i & 1) dpre = 0.0f;
-    visit(i, dpre, source);
+    const bool counts = kPlain || !(negatives >> i & 1);
+    const float dpre = kPlain ? gradients[0] * silu_grad(pre) : gradient_of_pre(conv, pre, gradients[0]);
+    visit(counts ? dpre : 0.0f, source, counts);
     window.push(own);
+    push(inputs, 0.0f);
+    push(gradients, 0.0f);
   }
 }
 
@@ -317,19 +325,18 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
     visit_tokens<kHistory, !kPacked>(p, filter, b, channel, end, before,
                                      load_span(conv.x, end_x, x_dense, end, conv.seqlen),
                                      load_span(p.dout, end_dout, dout_dense, end, dout_end), starts, negatives,
-                                     [&](int i, float dpre, auto) __attribute__((always_inline)) { later[i] = dpre; });
+                                     [&](float dpre, auto, bool) __attribute__((always_inline)) { push(later, dpre); });
   }
 
   // `plain`: of documents none begins or ends among the tokens, their history or as many later ones, no id is negative.
   const auto step = [&](const Span &before, const Span &x, const Span &dout, unsigned starts, unsigned negatives,
                         auto plain) __attribute__((always_inline)) {
     constexpr bool kPlain = decltype(plain)::value;
-    const auto starts_at = [&](int i) __attribute__((always_inline)) { return (starts >> (kHistory + i) & 1) != 0; };
-    float dpre[kSpan + kHistory];
+    float own[kSpan] = {};
     visit_tokens<kSpan, kPlain>(p, filter, b, channel, first, before, x, dout, starts, negatives,
-                                [&](int i, float value, auto source) __attribute__((always_inline)) {
-                                  dpre[i] = value;
-                                  if (!kPlain && negatives >> i & 1) return;
+                                [&](float value, auto source, bool counts) __attribute__((always_inline)) {
+                                  push(own, value);
+                                  if (!counts) return;
 #pragma unroll
                                   for (int k = 0; k < kTaps; ++k) {
                                     if (!kExact && k < missing_taps(conv)) continue;
@@ -337,6 +344,9 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
                                   }
                                   sums.dbias[0] += value;
                                 });
+    float dpre[kSpan + kHistory];
+#pragma unroll
+    for (int i = 0; i < kSpan; ++i) dpre[i] = own[i];
 #pragma unroll
     for (int k = 0; k < kHistory; ++k) {
       dpre[kSpan + k] = __shfl_sync(kAllLanes, lane == 0 ? later[k] : dpre[k], (lane + 1) % kWarp);
@@ -344,58 +354,57 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
     }
     if (first >= end) return;
 
-    // What the tokens from `from` on of its run give to a source `lag` tokens before it.
-    const auto gradient = [&](int from, int lag) __attribute__((always_inline)) {
+    // From the token on whose dpre is the first: whether a run begins there, and what those of the run that begins with or
+    // holds it give to the source `lag` tokens before it.
+    const auto starts_at = [&](int i) __attribute__((always_inline)) { return (starts >> (kHistory + i) & 1) != 0; };
+    const auto gradient = [&](int lag) __attribute__((always_inline)) {
       float sum = 0.0f;
       bool same_run = true;
 #pragma unroll
       for (int i = lag; i < kTaps; ++i) {
-        const int token = from - lag + i;
-        if (!kPlain && token > from && starts_at(token)) same_run = false;
-        if (same_run) sum = fmaf(filter.weight[kHistory - i][0], dpre[token], sum);
+        if (!kPlain && i > lag && starts_at(i - lag)) same_run = false;
+        if (same_run) sum = fmaf(filter.weight[kHistory - i][0], dpre[i - lag], sum);
       }
       return sum;
     };
-    float dx[kSpan];
+    if (!kPacked && first == 0 && p.dinitial_states.data != nullptr) {
 #pragma unroll
-    for (int i = 0; i < kSpan; ++i) dx[i] = gradient(i, 0);
-    if constexpr (kPlain) {
-      // A sequence is no shorter than kSpan, so its first sources are not among its last.
-      if (!kPacked && first + kSpan == conv.seqlen) {
-#pragma unroll
-        for (int k = 0; k < kHistory; ++k) dx[kSpan - kHistory + k] += dfinal_value(p, b, 0, channel, k);
-      }
-      if (!kPacked && first == 0 && p.dinitial_states.data != nullptr) {
-#pragma unroll
-        for (int lag = 1; lag <= kHistory; ++lag) store_dinitial(p, b, channel, kHistory - lag, gradient(0, lag));
-      }
-    } else {
-      // What a final state's gradient gives to the source `lag` tokens before token `from`.
-      const auto dfinal = [&](int from, int lag) __attribute__((always_inline)) {
-        const unsigned later_starts = starts >> (kHistory + from + 1);
-        if (p.dfinal_states.data == nullptr || later_starts == 0) return 0.0f;
-        const int run_end = first + from + __ffs(later_starts);
-        const int column = first + from - lag - run_end + conv.width - 1;
-        if (column < 0) return 0.0f;
-        const int document = document_to(conv, run_end);
-        return document < 0 ? 0.0f : dfinal_value(p, b, document, channel, column);
+      for (int lag = 1; lag <= kHistory; ++lag) store_dinitial(p, b, channel, kHistory - lag, gradient(lag));
+    }
+    // Where documents begin or end: the token's gradient, and those of initial states that end before it.
+    const auto finish_runs = [&](int t, float value) __attribute__((always_inline)) {
+      const unsigned later_starts = starts >> (kHistory + 1);
+      const int run_end = t + __ffs(later_starts);
+      const int document = later_starts == 0 || p.dfinal_states.data == nullptr ? -1 : document_to(conv, run_end);
+      // What a final state's gradient gives to the source `lag` tokens before.
+      const auto dfinal = [&](int lag) __attribute__((always_inline)) {
+        const int column = t - lag - run_end + conv.width - 1;
+        return document < 0 || column < 0 ? 0.0f : dfinal_value(p, b, document, channel, column);
       };
+      if (later_starts & ((1u << kHistory) - 1)) value += dfinal(0);
+      if (starts_at(0) && p.dinitial_states.data != nullptr) {
+        const long long row = initial_row(conv, b, document_from(conv, t));
 #pragma unroll
-      for (int i = 0; i < kSpan; ++i) {
-        const int t = first + i;
-        if (t >= conv.seqlen) continue;
-        if (starts >> (kHistory + i + 1) & ((1u << kHistory) - 1)) dx[i] += dfinal(i, 0);
-        if (starts_at(i) && p.dinitial_states.data != nullptr) {
-          const long long row = initial_row(conv, b, document_from(conv, t));
-          if (row >= 0) {
-#pragma unroll
-            for (int lag = 1; lag <= kHistory; ++lag) {
-              store_dinitial(p, row, channel, conv.width - 1 - lag, gradient(i, lag) + dfinal(i, lag));
-            }
-          }
+        for (int lag = 1; lag <= kHistory; ++lag) {
+          store_dinitial(p, row, channel, conv.width - 1 - lag, gradient(lag) + dfinal(lag));
         }
-        if (starts_at(i + 1)) pass_empty_documents(p, b, channel, t + 1);
       }
+      if (starts_at(1)) pass_empty_documents(p, b, channel, t + 1);
+      return value;
+    };
+    float dx[kSpan] = {};
+    constexpr int kUnrolled = kPlain ? kSpan : 1;
+#pragma unroll kUnrolled
+    for (int i = 0; i < kSpan; ++i) {
+      const float value = gradient(0);
+      push(dx, kPlain || first + i >= conv.seqlen ? value : finish_runs(first + i, value));
+      push(dpre, 0.0f);
+      starts >>= 1;
+    }
+    // A sequence is no shorter than kSpan.
+    if (!kPacked && first + kSpan == conv.seqlen) {
+#pragma unroll
+      for (int k = 0; k < kHistory; ++k) dx[kSpan - kHistory + k] += dfinal_value(p, b, 0, channel, k);
     }
     store_span(p.dx, dx_at, dx_dense, first, end, dx);
   };

@@ -60,7 +60,9 @@ __device__ __forceinline__ void walk(const OxiConv &p, const Marks &marks, long 
       __attribute__((always_inline)) {
     constexpr bool kPlain = decltype(plain)::value;
     Element *target = out_line + first * p.out.stride[2];
-#pragma unroll
+    // Rare ways are loops, as they would otherwise take most of the code; registers under way cannot be indexed in one.
+    constexpr int kUnrolled = kPlain || !kExact ? kBatch : 1;
+#pragma unroll kUnrolled
     for (int i = 0; i < kBatch; ++i) {
       const int t = first + i;
       if (!kPlain && t >= end) break;
@@ -140,6 +142,8 @@ __device__ __forceinline__ void walk(const OxiConv &p, const Marks &marks, long 
   const auto step = [&](const Span &before, const Span &x, unsigned starts, unsigned negatives, auto plain)
       __attribute__((always_inline)) {
     constexpr bool kPlain = decltype(plain)::value;
+    float inputs[kSpan], out[kSpan] = {};
+    unpack(x, inputs);
     window.clear();
 #pragma unroll
     for (int i = 0; i < kHistory; ++i) {
@@ -148,19 +152,20 @@ __device__ __forceinline__ void walk(const OxiConv &p, const Marks &marks, long 
       window.push(value);
     }
     if (!kPacked && first == 0 && p.initial_states.data != nullptr) window.start_run(p, b, channel, 0);
-    float out[kSpan];
-#pragma unroll
+    constexpr int kUnrolled = kPlain ? kSpan : 1;
+#pragma unroll kUnrolled
     for (int i = 0; i < kSpan; ++i) {
       if (!kPlain && starts >> (kHistory + i) & 1) {
         if (i > 0) store_final_states(p, b, channel, first + i, window);
         window.start_run(p, b, channel, first + i);
       }
-      const float own[1] = {x[i]};
+      const float own[1] = {inputs[0]};
       const auto before_it = [&](int k) { return window.value[k][0]; };
       const float pre = filter.convolve(p, 0, before_it, own[0]);
-      out[i] = kPlain ? silu(pre) : activate(p, pre);
-      if (!kPlain && negatives >> i & 1) out[i] = 0.0f;
+      const bool counts = kPlain || !(negatives >> i & 1);
+      push(out, kPlain ? silu(pre) : counts ? activate(p, pre) : 0.0f);
       window.push(own);
+      push(inputs, 0.0f);
     }
     store_span(p.out, out_at, out_dense, first, end, out);
     const bool ends = kPacked ? !kPlain && starts >> (kHistory + kSpan) & 1 : first + kSpan == p.seqlen;

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oxiscan._arguments import check, is_silu, ndocs, sizes
+from oxiscan._arguments import check, check_tensor, is_silu, ndocs, sizes
 
 from . import _kernels
 from ._common import Function, apply, empty_like, once_differentiable
@@ -47,10 +47,11 @@ class _CausalConv1d(Function):
         silu: bool,
         return_final_states: bool,
     ) -> Any:
-        batch, dim, _ = sizes("x", x, "batch", "dim", "seqlen")
+        check_tensor("x", x)
         out = torch.empty_like(x)
         final_states = None
         if return_final_states:
+            batch, dim, _ = sizes("x", x, "batch", "dim", "seqlen")
             width = sizes("weight", weight, "dim", "width")[1]
             final_states = x.new_empty(ndocs(cu_seqlens, batch), dim, max(width - 1, 0))
         tensors = (x, weight, bias, seq_idx, cu_seqlens, initial_states)
