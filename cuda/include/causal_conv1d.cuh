@@ -9,10 +9,10 @@
 //   of which a lane has kSpan neighbours. Those of later steps are under way to shared memory.
 //
 // FORM = PLAIN: width 4, all tensors' lines dense and aligned, so that they move in accesses of up to 16 bytes, no documents,
-// and along tokens silu and only whole packs; PACKED: the same with documents; ANY: anything, a tensor's lines element by
-// element but where they are dense (a bit of `dense`). Where nothing is near that is special, the end of a document or,
-// along channels, of a span, tokens take a shorter way (`plain`). A token's sums are taken in the same order in every case,
-// so results have the same bits.
+// and along tokens only whole packs; PACKED: the same with documents; ANY: anything, a tensor's lines element by element but
+// where they are dense (a bit of `dense`). Where nothing is near that is special, the end of a document or, along channels,
+// of a span, tokens take a shorter way. A token's sums are taken in the same order in every case, so results have the same
+// bits.
 //
 // Unless PLAIN, a block first finds where runs begin among its tokens, a bit for each in shared memory, and which ids are
 // negative. Nothing is trusted of cu_seqlens but the number of its elements: values are only compared with positions.
@@ -59,6 +59,7 @@ __device__ __forceinline__ bool is_dense(const OxiConv &p, int bit) { return kEx
 template <bool kValue>
 struct Flag {
   static constexpr bool value = kValue;
+  __device__ constexpr operator bool() const { return kValue; }
 };
 
 __device__ __forceinline__ const Element *line(const OxiTensor3 &tensor, long long b, int channel) {
@@ -366,9 +367,11 @@ __device__ __forceinline__ Span load_span(const OxiTensor3 &tensor, const Elemen
   return load_pack<kSpan>(at, token_step(tensor), 0, t < 0 ? 0 : end - t, whole);
 }
 
-__device__ __forceinline__ void store_span(const OxiTensor3 &tensor, Element *at, bool dense, int t, int end,
-                                           const float (&values)[kSpan]) {
-  store_pack(at, token_step(tensor), 0, end - t, kExact || (dense && t + kSpan <= end), Span::of(values));
+// Where lines are not dense a step's elements pass through shared memory, so that a warp's accesses are of neighbours: the
+// lane's ith element there is the step's (i kWarp + lane)th. How many tokens that is from the lane's first one.
+__device__ __forceinline__ int to_neighbour(int i) {
+  const int lane = threadIdx.x % kWarp;
+  return i * kWarp + lane - lane * kSpan;
 }
 
 // A warp's tokens of a tensor, of steps under way and at work, in shared memory: so that loads take no registers, and a lane
@@ -377,38 +380,83 @@ struct Ring {
   static constexpr int kSteps = 4;
   alignas(16) Element elements[kSteps * kStep];
 
+  __device__ __forceinline__ Element &element(int i) { return elements[i & (kSteps * kStep - 1)]; }
   // Of this lane, `spans` spans earlier.
   __device__ __forceinline__ Span &place(int n, int spans) {
-    const int i = n * kStep + (static_cast<int>(threadIdx.x % kWarp) - spans) * kSpan;
-    return *reinterpret_cast<Span *>(elements + (i & (kSteps * kStep - 1)));
+    return reinterpret_cast<Span &>(element(n * kStep + (static_cast<int>(threadIdx.x % kWarp) - spans) * kSpan));
   }
 
-  // Ask for the lane's tokens of step n, from token t on, which lies at `at`; 0 for tokens outside [lowest, end). What is
+  // Ask for the tokens of step n, the lane's from t on, which lies at `at`; 0 for tokens outside [lowest, end). What is
   // returned is to be handed to `keep` later, as only dense lines are copied asynchronously.
   __device__ __forceinline__ Span ask(const OxiTensor3 &tensor, const Element *at, bool dense, int n, int t, int lowest,
                                       int end) {
-    const bool inside = t >= lowest && t < end;
-    if constexpr (kExact) {
-      copy_async<sizeof(Span)>(&place(n, 0), at, inside);
-      return Span{};
-    } else {
-      return load_span(tensor, at, dense, t, inside ? end : t);
+    if (dense) {
+      const bool inside = t >= lowest && t < end;
+      if constexpr (kExact) {
+        copy_async<sizeof(Span)>(&place(n, 0), at, inside);
+        return Span{};
+      } else {
+        return load_span(tensor, at, dense, t, inside ? end : t);
+      }
+    }
+    float values[kSpan];
+#pragma unroll
+    for (int i = 0; i < kSpan; ++i) {
+      const int further = to_neighbour(i);
+      const bool inside = t + further >= lowest && t + further < end;
+      values[i] = inside ? to_float(at[further * token_step(tensor)]) : 0.0f;
+    }
+    return Span::of(values);
+  }
+  __device__ __forceinline__ void keep(int n, const Span &asked, bool dense) {
+    if constexpr (kExact) return;
+    if (dense) {
+      place(n, 0) = asked;
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kSpan; ++i) {
+      element(n * kStep + i * kWarp + threadIdx.x % kWarp) = from_float<Element>(asked[i]);
     }
   }
-  __device__ __forceinline__ void keep(int n, const Span &asked) {
-    if constexpr (!kExact) place(n, 0) = asked;
+};
+
+// A warp's results of a step, on their way to lines that are not dense.
+struct Results {
+  alignas(16) Element elements[kExact ? kSpan : kStep];
+
+  // By all lanes: the lane's values from token t on, which lies at `at`, but for tokens from `end` on.
+  __device__ __forceinline__ void store(const OxiTensor3 &tensor, Element *at, bool dense, int t, int end,
+                                        const float (&values)[kSpan]) {
+    if (dense) {
+      store_pack(at, token_step(tensor), 0, end - t, kExact || t + kSpan <= end, Span::of(values));
+      return;
+    }
+    const int lane = threadIdx.x % kWarp;
+    if constexpr (!kExact) reinterpret_cast<Span &>(elements[lane * kSpan]) = Span::of(values);
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kSpan; ++i) {
+      const int further = to_neighbour(i);
+      if (t + further < end) at[further * token_step(tensor)] = elements[kExact ? 0 : i * kWarp + lane];
+    }
+    __syncwarp();
   }
 };
 
-struct Rings {
-  Ring ring[OXI_CONV_CHANNEL_WARPS];
-  __device__ __forceinline__ Ring &own() { return ring[threadIdx.x / kWarp]; }
+// One of them for each of a block's warps.
+template <typename T>
+struct EachWarp {
+  T of[OXI_CONV_CHANNEL_WARPS];
+  __device__ __forceinline__ T &own() { return of[threadIdx.x / kWarp]; }
 };
 
-// The first token that a lane asks for of a span: the last lane has those before it too.
-__device__ __forceinline__ int lowest_token(int begin) {
-  return begin > 0 && threadIdx.x % kWarp == kWarp - 1 ? begin - kStep : begin;
-}
+// How much there is to look for in a step: nothing; where runs begin, and negative ids; states too.
+enum Way { STRAIGHT, BROKEN, STATES };
+template <Way kWay>
+struct Going {
+  static constexpr Way value = kWay;
+};
 #endif
 
 }  // namespace oxi

@@ -33,8 +33,10 @@ struct Sums {
   float dbias[kChannels];
 };
 
-__device__ __forceinline__ float gradient_of_pre(const OxiConv &p, float pre, float dout) {
-  return p.silu ? dout * silu_grad(pre) : dout;
+// `is_silu`: known to the compiler, or not.
+template <typename IsSilu>
+__device__ __forceinline__ float gradient_of_pre(IsSilu is_silu, float pre, float dout) {
+  return is_silu ? dout * silu_grad(pre) : dout;
 }
 
 // An element of a document's gradient of the final state.
@@ -185,7 +187,7 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
         x[c] = own[c];
         const auto source = [&](int k) { return window.value[k][c]; };
         const float pre = filter.convolve(conv, c, source, x[c]), dout = gradient[c];
-        float dpre = kPlain ? dout * silu_grad(pre) : gradient_of_pre(conv, pre, dout);
+        float dpre = kPlain ? dout * silu_grad(pre) : gradient_of_pre(conv.silu != 0, pre, dout);
         const bool counts = kPlain || !(kPacked && negatives >> i & 1);
         if (!counts) dpre = 0.0f;
         ready[c] = fmaf(filter.weight[0][c], dpre, pending[0][c]);
@@ -234,34 +236,41 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
 
 // dpre of kTokens tokens of a channel from token t on, and their sources, one token after the other to visit(dpre, source,
 // counts). `before`: the span before them. Bits of `starts` are from kHistory tokens before t on.
-template <int kTokens, bool kPlain, typename Visit>
+template <int kTokens, Way kWay, typename IsSilu, typename Visit>
 __device__ __forceinline__ void visit_tokens(const OxiConvBackward &p, const Filter &filter, long long b, int channel,
                                              int t, const Span &before, const Span &x, const Span &dout,
-                                             unsigned starts, unsigned negatives, Visit visit) {
+                                             unsigned starts, unsigned negatives, IsSilu is_silu, Visit visit) {
   const OxiConv &conv = p.conv;
   float inputs[kSpan], gradients[kSpan];
   unpack(x, inputs);
   unpack(dout, gradients);
   Window window;
   window.clear();
+  const auto start_run = [&](int t) __attribute__((always_inline)) {
+    if constexpr (kWay == STATES) {
+      window.start_run(conv, b, channel, t);
+    } else {
+      window.clear();
+    }
+  };
 #pragma unroll
   for (int i = 0; i < kHistory; ++i) {
-    if (!kPlain && starts >> i & 1) window.start_run(conv, b, channel, t - kHistory + i);
+    if (kWay != STRAIGHT && starts >> i & 1) start_run(t - kHistory + i);
     const float value[1] = {before[kSpan - kHistory + i]};
     window.push(value);
   }
   if (!kPacked && t == 0 && conv.initial_states.data != nullptr) window.start_run(conv, b, channel, 0);
-  constexpr int kUnrolled = kPlain ? kTokens : 1;
+  constexpr int kUnrolled = kWay == STATES ? 1 : kTokens;
 #pragma unroll kUnrolled
   for (int i = 0; i < kTokens; ++i) {
-    if (!kPlain && starts >> (kHistory + i) & 1) window.start_run(conv, b, channel, t + i);
+    if (kWay != STRAIGHT && starts >> (kHistory + i) & 1) start_run(t + i);
     const float own[1] = {inputs[0]};
     const auto source = [&](int k) __attribute__((always_inline)) {
       return k < kHistory ? window.value[k][0] : own[0];
     };
     const float pre = filter.convolve(conv, 0, source, own[0]);
-    const bool counts = kPlain || !(negatives >> i & 1);
-    const float dpre = kPlain ? gradients[0] * silu_grad(pre) : gradient_of_pre(conv, pre, gradients[0]);
+    const bool counts = kWay == STRAIGHT || !(negatives >> i & 1);
+    const float dpre = gradient_of_pre(is_silu, pre, gradients[0]);
     visit(counts ? dpre : 0.0f, source, counts);
     window.push(own);
     push(inputs, 0.0f);
@@ -271,13 +280,15 @@ __device__ __forceinline__ void visit_tokens(const OxiConvBackward &p, const Fil
 
 __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &marks, long long b, int channel, int begin,
                                      int end, Sums &sums) {
-  __shared__ Rings x_rings, dout_rings;
+  __shared__ EachWarp<Ring> x_rings, dout_rings;
+  __shared__ EachWarp<Results> results;
   Ring &x_ring = x_rings.own(), &dout_ring = dout_rings.own();
   const OxiConv &conv = p.conv;
   const int lane = threadIdx.x % kWarp;
   const bool x_dense = is_dense(conv, OXI_CONV_X), dout_dense = is_dense(conv, OXI_CONV_DOUT);
   const bool dx_dense = is_dense(conv, OXI_CONV_DX);
   const int dout_end = p.dout.data == nullptr ? 0 : conv.seqlen;
+  const bool has_states = conv.initial_states.data != nullptr || p.dfinal_states.data != nullptr;
   if (kPacked && begin == 0 && lane == 0) pass_empty_documents(p, b, channel, 0);
 
   // From the last step to the first, as a token's gradient takes dpre of later ones.
@@ -292,7 +303,7 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
   const Element *dout_at = line(p.dout, b, channel) + first * token_step(p.dout);
   Span x_asked, dout_asked;
   const auto ask = [&](int n) __attribute__((always_inline)) {
-    x_asked = x_ring.ask(conv.x, x_at, x_dense, n, asked_first, lowest_token(begin), conv.seqlen);
+    x_asked = x_ring.ask(conv.x, x_at, x_dense, n, asked_first, max(begin - kSpan, 0), conv.seqlen);
     dout_asked = dout_ring.ask(p.dout, dout_at, dout_dense, n, asked_first, begin, dout_end);
     end_of_batch();
     asked_first -= kStep;
@@ -300,8 +311,8 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
     dout_at -= kStep * token_step(p.dout);
   };
   const auto keep = [&](int n) __attribute__((always_inline)) {
-    x_ring.keep(n, x_asked);
-    dout_ring.keep(n, dout_asked);
+    x_ring.keep(n, x_asked, x_dense);
+    dout_ring.keep(n, dout_asked, dout_dense);
   };
   __syncwarp();  // no lane still reads of the span before
 #pragma unroll
@@ -322,18 +333,18 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
       starts = Marks::from(marks.starts, begin, end - kHistory);
       negatives = Marks::from(marks.negatives, begin, end);
     }
-    visit_tokens<kHistory, !kPacked>(p, filter, b, channel, end, before,
+    visit_tokens<kHistory, kPacked ? STATES : STRAIGHT>(p, filter, b, channel, end, before,
                                      load_span(conv.x, end_x, x_dense, end, conv.seqlen),
-                                     load_span(p.dout, end_dout, dout_dense, end, dout_end), starts, negatives,
+                                     load_span(p.dout, end_dout, dout_dense, end, dout_end), starts, negatives, conv.silu != 0,
                                      [&](float dpre, auto, bool) __attribute__((always_inline)) { push(later, dpre); });
   }
 
-  // `plain`: of documents none begins or ends among the tokens, their history or as many later ones, no id is negative.
-  const auto step = [&](const Span &before, const Span &x, const Span &dout, unsigned starts, unsigned negatives,
-                        auto plain) __attribute__((always_inline)) {
-    constexpr bool kPlain = decltype(plain)::value;
+  // STRAIGHT: of documents none begins or ends among the tokens, their history or as many later ones, no id is negative.
+  const auto step = [&](const Span &before, const Span &x, const Span &dout, unsigned starts, unsigned negatives, auto way,
+                        auto is_silu) __attribute__((always_inline)) {
+    constexpr Way kWay = decltype(way)::value;
     float own[kSpan] = {};
-    visit_tokens<kSpan, kPlain>(p, filter, b, channel, first, before, x, dout, starts, negatives,
+    visit_tokens<kSpan, kWay>(p, filter, b, channel, first, before, x, dout, starts, negatives, is_silu,
                                 [&](float value, auto source, bool counts) __attribute__((always_inline)) {
                                   push(own, value);
                                   if (!counts) return;
@@ -352,7 +363,6 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
       dpre[kSpan + k] = __shfl_sync(kAllLanes, lane == 0 ? later[k] : dpre[k], (lane + 1) % kWarp);
       later[k] = dpre[k];
     }
-    if (first >= end) return;
 
     // From the token on whose dpre is the first: whether a run begins there, and what those of the run that begins with or
     // holds it give to the source `lag` tokens before it.
@@ -362,7 +372,7 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
       bool same_run = true;
 #pragma unroll
       for (int i = lag; i < kTaps; ++i) {
-        if (!kPlain && i > lag && starts_at(i - lag)) same_run = false;
+        if (kWay != STRAIGHT && i > lag && starts_at(i - lag)) same_run = false;
         if (same_run) sum = fmaf(filter.weight[kHistory - i][0], dpre[i - lag], sum);
       }
       return sum;
@@ -393,11 +403,11 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
       return value;
     };
     float dx[kSpan] = {};
-    constexpr int kUnrolled = kPlain ? kSpan : 1;
+    constexpr int kUnrolled = kWay == STATES ? 1 : kSpan;
 #pragma unroll kUnrolled
     for (int i = 0; i < kSpan; ++i) {
       const float value = gradient(0);
-      push(dx, kPlain || first + i >= conv.seqlen ? value : finish_runs(first + i, value));
+      push(dx, kWay != STATES || first + i >= conv.seqlen ? value : finish_runs(first + i, value));
       push(dpre, 0.0f);
       starts >>= 1;
     }
@@ -406,7 +416,7 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
 #pragma unroll
       for (int k = 0; k < kHistory; ++k) dx[kSpan - kHistory + k] += dfinal_value(p, b, 0, channel, k);
     }
-    store_span(p.dx, dx_at, dx_dense, first, end, dx);
+    results.own().store(p.dx, dx_at, dx_dense, first, end, dx);
   };
 
   for (int n = steps - 1; n >= 0; --n) {
@@ -423,10 +433,16 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
       starts = Marks::from(marks.starts, begin, first - kHistory) & kMask;
       negatives = Marks::from(marks.negatives, begin, first) & kMask;
     }
-    if (kExact && (!kPacked || !__any_sync(kAllLanes, starts | negatives))) {
-      step(before, x, dout, starts, negatives, Flag<true>());
+    if (!kPacked || !__any_sync(kAllLanes, starts | negatives)) {
+      if (conv.silu) {
+        step(before, x, dout, starts, negatives, Going<STRAIGHT>(), Flag<true>());
+      } else {
+        step(before, x, dout, starts, negatives, Going<STRAIGHT>(), Flag<false>());
+      }
+    } else if (kPacked && !has_states) {
+      step(before, x, dout, starts, negatives, Going<BROKEN>(), conv.silu != 0);
     } else if constexpr (kPacked) {
-      step(before, x, dout, starts, negatives, Flag<false>());
+      step(before, x, dout, starts, negatives, Going<STATES>(), conv.silu != 0);
     }
     keep(n - kAhead);
     dx_at -= kStep * token_step(p.dx);

@@ -22,8 +22,6 @@ using namespace oxi;
 
 namespace {
 
-__device__ __forceinline__ float activate(const OxiConv &p, float pre) { return p.silu ? silu(pre) : pre; }
-
 #if LAYOUT == LAST
 
 // Tokens at once, and how many tokens ahead one is asked for.
@@ -78,7 +76,7 @@ __device__ __forceinline__ void walk(const OxiConv &p, const Marks &marks, long 
         x[c] = own[c];
         const auto before = [&](int k) { return window.value[k][c]; };
         const float pre = filter.convolve(p, c, before, x[c]);
-        out[c] = kPlain ? silu(pre) : activate(p, pre);
+        out[c] = kPlain || p.silu ? silu(pre) : pre;
         if (!kPlain && kPacked && negatives >> i & 1) out[c] = 0.0f;
       }
       ask(turn + i);
@@ -110,7 +108,8 @@ __device__ __forceinline__ void walk(const OxiConv &p, const Marks &marks, long 
 
 __device__ __forceinline__ void walk(const OxiConv &p, const Marks &marks, long long b, int channel, int begin,
                                      int end) {
-  __shared__ Rings rings;
+  __shared__ EachWarp<Ring> rings;
+  __shared__ EachWarp<Results> results;
   Ring &ring = rings.own();
   const int lane = threadIdx.x % kWarp;
   const bool x_dense = is_dense(p, OXI_CONV_X), out_dense = is_dense(p, OXI_CONV_OUT);
@@ -123,7 +122,7 @@ __device__ __forceinline__ void walk(const OxiConv &p, const Marks &marks, long 
   const Element *asked_at = line(p.x, b, channel) + asked_first * token_step(p.x);
   Span asked;
   const auto ask = [&](int n) __attribute__((always_inline)) {
-    asked = ring.ask(p.x, asked_at, x_dense, n, asked_first, lowest_token(begin), end);
+    asked = ring.ask(p.x, asked_at, x_dense, n, asked_first, max(begin - kSpan, 0), end);
     end_of_batch();
     asked_first += kStep;
     asked_at += kStep * token_step(p.x);
@@ -131,44 +130,51 @@ __device__ __forceinline__ void walk(const OxiConv &p, const Marks &marks, long 
 #pragma unroll
   for (int n = -1; n < kAhead; ++n) {
     ask(n);
-    ring.keep(n, asked);
+    ring.keep(n, asked, x_dense);
   }
   const Filter filter(p, channel);
   Window window;
   window.clear();
   if (kPacked && begin == 0 && lane == 0) store_final_states(p, b, channel, 0, window);
 
-  // `plain`: of documents none begins or ends among the tokens or their history, no id is negative.
-  const auto step = [&](const Span &before, const Span &x, unsigned starts, unsigned negatives, auto plain)
+  // STRAIGHT: of documents none begins or ends among the tokens or their history, no id is negative.
+  const auto step = [&](const Span &before, const Span &x, unsigned starts, unsigned negatives, auto way, auto is_silu)
       __attribute__((always_inline)) {
-    constexpr bool kPlain = decltype(plain)::value;
+    constexpr Way kWay = decltype(way)::value;
+    const auto start_run = [&](int t) __attribute__((always_inline)) {
+      if constexpr (kWay == STATES) {
+        window.start_run(p, b, channel, t);
+      } else {
+        window.clear();
+      }
+    };
     float inputs[kSpan], out[kSpan] = {};
     unpack(x, inputs);
     window.clear();
 #pragma unroll
     for (int i = 0; i < kHistory; ++i) {
-      if (!kPlain && starts >> i & 1) window.start_run(p, b, channel, first - kHistory + i);
+      if (kWay != STRAIGHT && starts >> i & 1) start_run(first - kHistory + i);
       const float value[1] = {before[kSpan - kHistory + i]};
       window.push(value);
     }
     if (!kPacked && first == 0 && p.initial_states.data != nullptr) window.start_run(p, b, channel, 0);
-    constexpr int kUnrolled = kPlain ? kSpan : 1;
+    constexpr int kUnrolled = kWay == STATES ? 1 : kSpan;
 #pragma unroll kUnrolled
     for (int i = 0; i < kSpan; ++i) {
-      if (!kPlain && starts >> (kHistory + i) & 1) {
-        if (i > 0) store_final_states(p, b, channel, first + i, window);
-        window.start_run(p, b, channel, first + i);
+      if (kWay != STRAIGHT && starts >> (kHistory + i) & 1) {
+        if (kWay == STATES && i > 0) store_final_states(p, b, channel, first + i, window);
+        start_run(first + i);
       }
       const float own[1] = {inputs[0]};
       const auto before_it = [&](int k) { return window.value[k][0]; };
       const float pre = filter.convolve(p, 0, before_it, own[0]);
-      const bool counts = kPlain || !(negatives >> i & 1);
-      push(out, kPlain ? silu(pre) : counts ? activate(p, pre) : 0.0f);
+      const bool counts = kWay == STRAIGHT || !(negatives >> i & 1);
+      push(out, !counts ? 0.0f : is_silu ? silu(pre) : pre);
       window.push(own);
       push(inputs, 0.0f);
     }
-    store_span(p.out, out_at, out_dense, first, end, out);
-    const bool ends = kPacked ? !kPlain && starts >> (kHistory + kSpan) & 1 : first + kSpan == p.seqlen;
+    results.own().store(p.out, out_at, out_dense, first, end, out);
+    const bool ends = kPacked ? kWay == STATES && starts >> (kHistory + kSpan) & 1 : first + kSpan == p.seqlen;
     if (ends) store_final_states(p, b, channel, first + kSpan, window);
   };
   const int steps = (end - begin + kStep - 1) / kStep;
@@ -185,12 +191,18 @@ __device__ __forceinline__ void walk(const OxiConv &p, const Marks &marks, long 
       starts = Marks::from(marks.starts, begin, first - kHistory) & kMask;
       negatives = Marks::from(marks.negatives, begin, first) & kMask;
     }
-    if (kExact && (!kPacked || !__any_sync(kAllLanes, starts | negatives))) {
-      step(before, x, starts, negatives, Flag<true>());
+    if (!kPacked || !__any_sync(kAllLanes, starts | negatives)) {
+      if (p.silu) {
+        step(before, x, starts, negatives, Going<STRAIGHT>(), Flag<true>());
+      } else {
+        step(before, x, starts, negatives, Going<STRAIGHT>(), Flag<false>());
+      }
+    } else if (kPacked && p.initial_states.data == nullptr && p.final_states.data == nullptr) {
+      step(before, x, starts, negatives, Going<BROKEN>(), p.silu != 0);
     } else if constexpr (kPacked) {
-      step(before, x, starts, negatives, Flag<false>());
+      step(before, x, starts, negatives, Going<STATES>(), p.silu != 0);
     }
-    ring.keep(n + kAhead, asked);
+    ring.keep(n + kAhead, asked, x_dense);
     out_at += kStep * token_step(p.out);
     first += kStep;
   }

@@ -55,7 +55,7 @@ impl Plan {
         let dense = |view: &View<3>| is_dense(view, along_tokens, exact_width);
         let whole = dims.seqlen > 0 && dims.seqlen.is_multiple_of(exact_width);
         let exact = dims.width == OXI_EXACT_CONV_WIDTH as usize
-            && (!along_tokens || (inputs.silu && whole))
+            && (!along_tokens || whole)
             && dense(&inputs.x)
             && others.iter().all(|view| view.is_some_and(dense));
         let packed = inputs.seq_idx.is_some() || inputs.cu_seqlens.is_some();
