@@ -223,23 +223,36 @@ struct Marks {
   __device__ __forceinline__ void fill(const OxiConv &p, long long b, int begin, int end) {
     const int warps = blockDim.x / kWarp, lane = threadIdx.x % kWarp;
     const int *ids = p.seq_idx == nullptr ? nullptr : p.seq_idx + b * p.seq_idx_stride[0];
-    for (int word = threadIdx.x / kWarp; word * 32 < end - begin + 2 * kBefore + 32; word += warps) {
-      const int t = begin - kBefore + word * 32 + lane;
-      bool start = t == 0 || t == p.seqlen, negative = false;
-      if (t >= 0 && t < p.seqlen) {
-        if (ids != nullptr) {
-          const int id = ids[t * p.seq_idx_stride[1]];
-          negative = id < 0;
-          if (t > 0) start = start || id != ids[(t - 1) * p.seq_idx_stride[1]];
-        }
-        if (p.cu_seqlens != nullptr) {
-          const int document = first_to_end(p, t);
-          start = start || (document < p.ndocs && document_bound(p, document + 1) == t);
-        }
+    const int words = (end - begin + 2 * kBefore + 32 + 31) / 32;
+    // Several words at a time, for their loads to be under way together.
+    constexpr int kAtOnce = 4;
+    for (int first = threadIdx.x / kWarp; first < words; first += kAtOnce * warps) {
+      int own[kAtOnce], before[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int t = begin - kBefore + (first + i * warps) * 32 + lane;
+        const bool has = ids != nullptr && t >= 0 && t < p.seqlen;
+        own[i] = has ? ids[t * p.seq_idx_stride[1]] : 0;
+        before[i] = has && t > 0 ? ids[(t - 1) * p.seq_idx_stride[1]] : own[i];
       }
-      const unsigned start_bits = __ballot_sync(0xffffffffu, start);
-      const unsigned negative_bits = __ballot_sync(0xffffffffu, negative);
-      if (lane == 0) starts[word] = start_bits, negatives[word] = negative_bits;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int word = first + i * warps, t = begin - kBefore + word * 32 + lane;
+        const unsigned start_bits = __ballot_sync(kAllLanes, t == 0 || t == p.seqlen || own[i] != before[i]);
+        const unsigned negative_bits = __ballot_sync(kAllLanes, own[i] < 0);
+        if (lane == 0 && word < words) starts[word] = start_bits, negatives[word] = negative_bits;
+      }
+    }
+    if (p.cu_seqlens == nullptr) return;
+    for (int word = threadIdx.x / kWarp; word < words; word += warps) {
+      const int t = begin - kBefore + word * 32 + lane;
+      bool start = false;
+      if (t >= 0 && t < p.seqlen) {
+        const int document = first_to_end(p, t);
+        start = document < p.ndocs && document_bound(p, document + 1) == t;
+      }
+      const unsigned start_bits = __ballot_sync(kAllLanes, start);
+      if (lane == 0) starts[word] |= start_bits;
     }
   }
 
