@@ -33,7 +33,8 @@ _Record = TypedDict(
         "pass": str,
         # Median time of a call: of its kernels with a cold L2 cache on a GPU, the wall's on the CPU.
         "us": float,
-        # How long the host is busy with a call for one token.
+        # How long the host is busy with a call for one token; of a backward what it adds to autograd's own time, in a
+        # graph of many calls.
         "host_us": float,
         # The least time for the bytes at this run's copy speed, or for the exponentials where those take longer.
         "floor_us": float,

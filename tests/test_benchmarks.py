@@ -4,6 +4,8 @@ import json
 import os
 import re
 import sys
+import threading
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,7 +59,8 @@ def test_a_run_on_the_cpu(tmp_path, capsys):
         assert r.keys() == FIELDS == records.Record.__annotations__.keys()
         assert (r["op"], r["impl"], r["dtype"]) == (CASES[r["shape"]].op, "oxiscan", "float32")
         assert (r["method"], r["launches"], r["sm_clock_mhz"]) == ("wall", None, None)
-        assert 0 < r["error"] < 1e-4 and min(r["us"], r["host_us"], r["floor_us"]) > 0
+        assert 0 < r["error"] < 1e-4 and min(r["us"], r["floor_us"]) > 0
+        assert r["pass"] == "bwd" or r["host_us"] > 0  # a difference of two times may be anything
     assert "| small/norm | fwd | oxiscan |" in capsys.readouterr().out
 
 
@@ -69,20 +72,44 @@ def test_host_times_come_first(tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "median_us", lambda *args: timed.append("kernels") or timing_of["kernels"](*args))
     options = ["--device", "cpu", "--cases", "small/norm,small/conv_*", "--quick", "--out", str(tmp_path)]
     assert run.main(options) == 0
-    count = len(written(tmp_path))
-    assert count > 4 and timed == ["host"] * count + ["kernels"] * count
+    passes = [r["pass"] for r in written(tmp_path)]
+    assert len(passes) > 4
+    assert timed == ["host"] * (passes.count("fwd") + 2 * passes.count("bwd")) + ["kernels"] * len(passes)
+
+
+def test_the_host_time_of_a_backward_is_what_a_call_adds(monkeypatch):
+    """To one of an autograd function that saves the same and does nothing, of many calls that share a backward."""
+    results, taken = [], iter((640.0, 160.0))
+
+    def host_us(call, device, effort):
+        results.append(call())
+        return next(taken)
+
+    monkeypatch.setattr(timing, "host_us", host_us)
+    bench = run.Bench(CPU, "float32", ["bwd"], timing.QUICK, peers=False)
+    tensors = CASES["small/norm"].tensors(torch.float32, CPU)
+    out = oxiscan.rmsnorm_gated(**tensors)
+    us = bench.host_us(ops.OPS["rmsnorm_gated"], "bwd", partial(oxiscan.rmsnorm_gated), tensors, [torch.ones_like(out)])
+    assert us == (640.0 - 160.0) / run.CALLS_OF_A_BACKWARD
+    shapes = [t.shape for t in tensors.values()] * run.CALLS_OF_A_BACKWARD
+    assert [[gradient.shape for gradient in gradients] for gradients in results] == [shapes, shapes]
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system pins no threads")
 def test_host_times_of_a_gpu_are_taken_on_every_core(monkeypatch):
-    """One after the other, and afterwards the thread may run where it could before, also when a call fails."""
-    cores, used = os.sched_getaffinity(0), []
+    """One after the other by all threads, which may afterwards run where they could before, also when a call fails."""
+    cores, used, done, other = os.sched_getaffinity(0), [], threading.Event(), []
+    thread = threading.Thread(target=lambda: (other.append(threading.get_native_id()), done.wait()))
+    thread.start()
     monkeypatch.setattr(timing, "synchronize", lambda device: None)
     monkeypatch.setattr(timing, "warm_us", lambda call, device: None)
     effort = timing.Effort(100, 5, timing.LOOPS_A_CORE * len(cores), 1)
-    us = timing.host_us(lambda: used.append(os.sched_getaffinity(0)), torch.device("cuda"), effort)
-    assert us > 0 and used == [{core} for core in sorted(cores) for _ in range(timing.LOOPS_A_CORE)]
-    assert os.sched_getaffinity(0) == cores
+    here_and_there = lambda: (os.sched_getaffinity(0), os.sched_getaffinity(other[0]))  # noqa: E731
+    us = timing.host_us(lambda: used.append(here_and_there()), torch.device("cuda"), effort)
+    assert us > 0 and used == [({core}, {core}) for core in sorted(cores) for _ in range(timing.LOOPS_A_CORE)]
+    assert here_and_there() == (cores, cores)
+    done.set()
+    thread.join()
 
     with pytest.raises(ZeroDivisionError):
         timing.host_us(lambda: 1 / 0, torch.device("cuda"), effort)
