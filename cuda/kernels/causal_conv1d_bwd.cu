@@ -19,8 +19,9 @@
 // to the first, each asked for kAhead steps ahead, a warp's barrier in each: dpre of a lane's tokens, then dx from those and
 // the next lane's first ones, by shuffles; at the end the lanes' sums for the parameters.
 //
-// Shared memory: tokens under way, along channels 8 KB, along tokens 16 KB, 32 KB of ANY in fp32; unless PLAIN two bits for
-// each token of the span, 544 bytes. fp32: everything between loads and stores, and partials.
+// Shared memory: tokens under way, along channels 8 KB (none of ANY), along tokens 16 KB, 32 KB of ANY in fp32, where also
+// results on their way take 2 or 4 KB; unless PLAIN two bits for each token of the span, 544 bytes. fp32: everything between
+// loads and stores, and partials.
 
 #include "causal_conv1d.cuh"
 

@@ -13,8 +13,9 @@
 // inputs before them; token by token, each asked for kAhead tokens ahead. Along tokens from the first step to the last, each
 // asked for kAhead steps ahead, a warp's barrier in each.
 //
-// Shared memory: tokens under way, 8 KB, 16 KB of ANY along tokens in fp32; unless PLAIN two bits for each token of the span,
-// 544 bytes. fp32: everything between loads and stores.
+// Shared memory: tokens under way, 8 KB (none of ANY along channels, 16 KB of ANY along tokens in fp32); of ANY along tokens
+// results on their way, 2 or 4 KB; unless PLAIN two bits for each token of the span, 544 bytes. fp32: everything between
+// loads and stores.
 
 #include "causal_conv1d.cuh"
 
