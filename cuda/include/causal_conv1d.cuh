@@ -51,15 +51,15 @@ constexpr int kChannels = kAlongTokens ? 1 : kExact ? 8 / sizeof(Element) : 2;
 constexpr int kSpan = kExact ? kVector<Element> : 8;
 constexpr int kStep = kWarp * kSpan;
 static_assert(kHistory <= kSpan);
-constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Whether lines of the tensor with this bit move in packs.
 __device__ __forceinline__ bool is_dense(const OxiConv &p, int bit) { return kExact || (p.dense & bit) != 0; }
 
-template <bool kValue>
-struct Flag {
-  static constexpr bool value = kValue;
-  __device__ constexpr operator bool() const { return kValue; }
+// An argument that the compiler knows.
+template <auto kValue>
+struct Constant {
+  static constexpr auto value = kValue;
+  __device__ constexpr operator decltype(kValue)() const { return kValue; }
 };
 
 __device__ __forceinline__ const Element *line(const OxiTensor3 &tensor, long long b, int channel) {
@@ -466,10 +466,6 @@ struct EachWarp {
 
 // How much there is to look for in a step: nothing; where runs begin, and negative ids; states too.
 enum Way { STRAIGHT, BROKEN, STATES };
-template <Way kWay>
-struct Going {
-  static constexpr Way value = kWay;
-};
 #endif
 
 }  // namespace oxi

@@ -149,6 +149,12 @@ __device__ inline long long load_integer(const void *data, long long offset, boo
   return is_64_bit ? static_cast<const long long *>(data)[offset] : static_cast<const int *>(data)[offset];
 }
 
+// The same from L2, each time anew: what is read before the wait for earlier work is not to be found again after it.
+__device__ inline long long load_integer_anew(const void *data, long long offset, bool is_64_bit) {
+  if (is_64_bit) return static_cast<const volatile long long *>(data)[offset];
+  return static_cast<const volatile int *>(data)[offset];
+}
+
 // Store an element of a tensor whose dtype is known at run time.
 __device__ inline void store_scalar(void *data, int dtype, long long offset, float value) {
   if (dtype == OXI_F32) {

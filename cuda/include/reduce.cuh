@@ -4,13 +4,14 @@
 namespace oxi {
 
 constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Sums of `values` over `width` lanes (a power of two up to 32), in every lane.
 template <int N>
 __device__ inline void warp_sum(float (&values)[N], int width = kWarp) {
   for (int step = width / 2; step > 0; step /= 2) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) values[i] += __shfl_xor_sync(0xffffffffu, values[i], step);
+    for (int i = 0; i < N; ++i) values[i] += __shfl_xor_sync(kAllLanes, values[i], step);
   }
 }
 

@@ -32,11 +32,20 @@ namespace {
 struct Sums {
   float dweight[kTaps][kChannels];
   float dbias[kChannels];
+
+  // A token's part of the sums of channel c, its sources as in Filter::convolve.
+  template <typename Before>
+  __device__ __forceinline__ void add(const OxiConv &p, int c, float dpre, Before before, float own) {
+#pragma unroll
+    for (int k = 0; k < kHistory; ++k) {
+      if (kExact || k >= missing_taps(p)) dweight[k][c] = fmaf(dpre, before(k), dweight[k][c]);
+    }
+    dweight[kHistory][c] = fmaf(dpre, own, dweight[kHistory][c]);
+    dbias[c] += dpre;
+  }
 };
 
-// `is_silu`: known to the compiler, or not.
-template <typename IsSilu>
-__device__ __forceinline__ float gradient_of_pre(IsSilu is_silu, float pre, float dout) {
+__device__ __forceinline__ float gradient_of_pre(bool is_silu, float pre, float dout) {
   return is_silu ? dout * silu_grad(pre) : dout;
 }
 
@@ -91,10 +100,6 @@ constexpr int kAhead = kExact ? 8 : kBatch;
 
 // Batches in the span and past it where nothing is near that is special, and any others.
 enum Where { INSIDE, PAST, ELSE };
-template <Where kWhere>
-struct Batch {
-  static constexpr Where value = kWhere;
-};
 
 __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &marks, long long b, int channel, int begin,
                                      int end, Sums &sums) {
@@ -188,21 +193,14 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
         x[c] = own[c];
         const auto source = [&](int k) { return window.value[k][c]; };
         const float pre = filter.convolve(conv, c, source, x[c]), dout = gradient[c];
-        float dpre = kPlain ? dout * silu_grad(pre) : gradient_of_pre(conv.silu != 0, pre, dout);
+        float dpre = gradient_of_pre(kPlain || conv.silu, pre, dout);
         const bool counts = kPlain || !(kPacked && negatives >> i & 1);
         if (!counts) dpre = 0.0f;
         ready[c] = fmaf(filter.weight[0][c], dpre, pending[0][c]);
 #pragma unroll
         for (int k = 1; k < kHistory; ++k) pending[k - 1][c] = fmaf(filter.weight[k][c], dpre, pending[k][c]);
         pending[kHistory - 1][c] = filter.weight[kHistory][c] * dpre;
-        if (kWhere == INSIDE || (!kPlain && t < end && counts)) {
-#pragma unroll
-          for (int k = 0; k < kHistory; ++k) {
-            if (kExact || k >= missing_taps(conv)) sums.dweight[k][c] = fmaf(dpre, source(k), sums.dweight[k][c]);
-          }
-          sums.dweight[kHistory][c] = fmaf(dpre, x[c], sums.dweight[kHistory][c]);
-          sums.dbias[c] += dpre;
-        }
+        if (kWhere == INSIDE || (!kPlain && t < end && counts)) sums.add(conv, c, dpre, source, x[c]);
       }
       ask(turn + i);
       if constexpr (kPlain) {
@@ -222,11 +220,11 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
     // Not a sequence's first tokens: what they give to sources before it may be an initial state's gradient.
     const bool plain = kExact && conv.silu && (starts | negatives) == 0 && (begin > 0 || first >= kHistory);
     if (plain && first + kBatch <= end) {
-      batch(first, turn, starts, negatives, Batch<INSIDE>());
+      batch(first, turn, starts, negatives, Constant<INSIDE>());
     } else if (plain && first == end && reach - end == kHistory) {
-      batch(first, turn, starts, negatives, Batch<PAST>());
+      batch(first, turn, starts, negatives, Constant<PAST>());
     } else {
-      batch(first, turn, starts, negatives, Batch<ELSE>());
+      batch(first, turn, starts, negatives, Constant<ELSE>());
     }
     if (kAhead > kBatch) turn = (turn + kBatch) % kAhead;
   }
@@ -235,8 +233,8 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
 
 #else
 
-// dpre of kTokens tokens of a channel from token t on, and their sources, one token after the other to visit(dpre, source,
-// counts). `before`: the span before them. Bits of `starts` are from kHistory tokens before t on.
+// dpre of kTokens tokens of a channel from token t on, and their sources, one token after the other to visit(dpre, before,
+// own, counts). `before`: the span before them. Bits of `starts` are from kHistory tokens before t on.
 template <int kTokens, Way kWay, typename IsSilu, typename Visit>
 __device__ __forceinline__ void visit_tokens(const OxiConvBackward &p, const Filter &filter, long long b, int channel,
                                              int t, const Span &before, const Span &x, const Span &dout,
@@ -266,13 +264,11 @@ __device__ __forceinline__ void visit_tokens(const OxiConvBackward &p, const Fil
   for (int i = 0; i < kTokens; ++i) {
     if (kWay != STRAIGHT && starts >> (kHistory + i) & 1) start_run(t + i);
     const float own[1] = {inputs[0]};
-    const auto source = [&](int k) __attribute__((always_inline)) {
-      return k < kHistory ? window.value[k][0] : own[0];
-    };
+    const auto source = [&](int k) __attribute__((always_inline)) { return window.value[k][0]; };
     const float pre = filter.convolve(conv, 0, source, own[0]);
     const bool counts = kWay == STRAIGHT || !(negatives >> i & 1);
     const float dpre = gradient_of_pre(is_silu, pre, gradients[0]);
-    visit(counts ? dpre : 0.0f, source, counts);
+    visit(counts ? dpre : 0.0f, source, own[0], counts);
     window.push(own);
     push(inputs, 0.0f);
     push(gradients, 0.0f);
@@ -334,28 +330,24 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
       starts = Marks::from(marks.starts, begin, end - kHistory);
       negatives = Marks::from(marks.negatives, begin, end);
     }
-    visit_tokens<kHistory, kPacked ? STATES : STRAIGHT>(p, filter, b, channel, end, before,
-                                     load_span(conv.x, end_x, x_dense, end, conv.seqlen),
-                                     load_span(p.dout, end_dout, dout_dense, end, dout_end), starts, negatives, conv.silu != 0,
-                                     [&](float dpre, auto, bool) __attribute__((always_inline)) { push(later, dpre); });
+    const Span x = load_span(conv.x, end_x, x_dense, end, conv.seqlen);
+    const Span dout = load_span(p.dout, end_dout, dout_dense, end, dout_end);
+    visit_tokens<kHistory, kPacked ? STATES : STRAIGHT>(
+        p, filter, b, channel, end, before, x, dout, starts, negatives, conv.silu != 0,
+        [&](float dpre, auto, float, bool) __attribute__((always_inline)) { push(later, dpre); });
   }
 
   // STRAIGHT: of documents none begins or ends among the tokens, their history or as many later ones, no id is negative.
-  const auto step = [&](const Span &before, const Span &x, const Span &dout, unsigned starts, unsigned negatives, auto way,
-                        auto is_silu) __attribute__((always_inline)) {
+  const auto step = [&](const Span &before, const Span &x, const Span &dout, unsigned starts, unsigned negatives,
+                        auto way, auto is_silu) __attribute__((always_inline)) {
     constexpr Way kWay = decltype(way)::value;
     float own[kSpan] = {};
-    visit_tokens<kSpan, kWay>(p, filter, b, channel, first, before, x, dout, starts, negatives, is_silu,
-                                [&](float value, auto source, bool counts) __attribute__((always_inline)) {
-                                  push(own, value);
-                                  if (!counts) return;
-#pragma unroll
-                                  for (int k = 0; k < kTaps; ++k) {
-                                    if (!kExact && k < missing_taps(conv)) continue;
-                                    sums.dweight[k][0] = fmaf(value, source(k), sums.dweight[k][0]);
-                                  }
-                                  sums.dbias[0] += value;
-                                });
+    visit_tokens<kSpan, kWay>(
+        p, filter, b, channel, first, before, x, dout, starts, negatives, is_silu,
+        [&](float value, auto source, float input, bool counts) __attribute__((always_inline)) {
+          push(own, value);
+          if (counts) sums.add(conv, 0, value, source, input);
+        });
     float dpre[kSpan + kHistory];
 #pragma unroll
     for (int i = 0; i < kSpan; ++i) dpre[i] = own[i];
@@ -436,14 +428,14 @@ __device__ __forceinline__ void walk(const OxiConvBackward &p, const Marks &mark
     }
     if (!kPacked || !__any_sync(kAllLanes, starts | negatives)) {
       if (conv.silu) {
-        step(before, x, dout, starts, negatives, Going<STRAIGHT>(), Flag<true>());
+        step(before, x, dout, starts, negatives, Constant<STRAIGHT>(), Constant<true>());
       } else {
-        step(before, x, dout, starts, negatives, Going<STRAIGHT>(), Flag<false>());
+        step(before, x, dout, starts, negatives, Constant<STRAIGHT>(), Constant<false>());
       }
     } else if (kPacked && !has_states) {
-      step(before, x, dout, starts, negatives, Going<BROKEN>(), conv.silu != 0);
+      step(before, x, dout, starts, negatives, Constant<BROKEN>(), conv.silu != 0);
     } else if constexpr (kPacked) {
-      step(before, x, dout, starts, negatives, Going<STATES>(), conv.silu != 0);
+      step(before, x, dout, starts, negatives, Constant<STATES>(), conv.silu != 0);
     }
     keep(n - kAhead);
     dx_at -= kStep * token_step(p.dx);

@@ -2,8 +2,8 @@
 //
 //   dweight[c, k] = sum over b of partials[b, k, c]        dbias[c] = sum over b of partials[b, width, c]
 //
-// Grid: a block owns 32 of the (width + 1) dim columns. Warp r sums rows r,
-// r + warps, ... of a column a lane; the barrier publishes those sums, which the first warp adds up.
+// Grid: a block owns 32 of the (width + 1) dim columns. Warp r sums rows r, r + warps, ... of a column a lane; the barrier
+// publishes those sums, which the first warp adds up.
 //
 // Shared memory: 32 x 32 floats. fp32: all sums.
 

@@ -96,9 +96,9 @@ __device__ __forceinline__ void walk(const OxiConv &p, const Marks &marks, long 
     const unsigned starts = kPacked ? Marks::from(marks.starts, begin, first) & kMask : 0;
     const unsigned negatives = kPacked ? Marks::from(marks.negatives, begin, first) & kMask : 0;
     if (kExact && p.silu && (starts | negatives) == 0 && first + kBatch <= end) {
-      batch(first, turn, starts, negatives, Flag<true>());
+      batch(first, turn, starts, negatives, Constant<true>());
     } else {
-      batch(first, turn, starts, negatives, Flag<false>());
+      batch(first, turn, starts, negatives, Constant<false>());
     }
     if (kAhead > kBatch) turn = (turn + kBatch) % kAhead;
   }
@@ -194,14 +194,14 @@ __device__ __forceinline__ void walk(const OxiConv &p, const Marks &marks, long 
     }
     if (!kPacked || !__any_sync(kAllLanes, starts | negatives)) {
       if (p.silu) {
-        step(before, x, starts, negatives, Going<STRAIGHT>(), Flag<true>());
+        step(before, x, starts, negatives, Constant<STRAIGHT>(), Constant<true>());
       } else {
-        step(before, x, starts, negatives, Going<STRAIGHT>(), Flag<false>());
+        step(before, x, starts, negatives, Constant<STRAIGHT>(), Constant<false>());
       }
     } else if (kPacked && p.initial_states.data == nullptr && p.final_states.data == nullptr) {
-      step(before, x, starts, negatives, Going<BROKEN>(), p.silu != 0);
+      step(before, x, starts, negatives, Constant<BROKEN>(), p.silu != 0);
     } else if constexpr (kPacked) {
-      step(before, x, starts, negatives, Going<STATES>(), p.silu != 0);
+      step(before, x, starts, negatives, Constant<STATES>(), p.silu != 0);
     }
     ring.keep(n + kAhead, asked, x_dense);
     out_at += kStep * token_step(p.out);

@@ -65,13 +65,10 @@ extern "C" __global__ void KERNEL(const __grid_constant__ OxiConvUpdate p) {
     return load_either<Element>(p.bias.data, channel * p.bias.step, p.bias.dtype == OXI_F32);
   };
 
-  // Volatile: what is read before the wait is not to be found again after it.
   const auto slot_of = [&](long long b) {
     if (b >= p.batch) return -1ll;
     if (p.indices == nullptr) return b;
-    const long long at = b * p.indices_step;
-    if (p.indices_are_64_bit) return static_cast<long long>(static_cast<const volatile long long *>(p.indices)[at]);
-    return static_cast<long long>(static_cast<const volatile int *>(p.indices)[at]);
+    return load_integer_anew(p.indices, b * p.indices_step, p.indices_are_64_bit);
   };
   const auto is_slot = [&](long long slot) { return slot >= 0 && slot < p.slots; };
 

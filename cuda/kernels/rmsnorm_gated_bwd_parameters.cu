@@ -2,8 +2,8 @@
 //
 //   dweight[c] = sum over b of partials[b, 0, c]        dbias[c] = sum over b of partials[b, 1, c]
 //
-// Grid: a block owns 32 columns of (weight, bias) one after the other. Warp r sums rows r,
-// r + warps, ... of a column a lane; the barrier publishes those sums, which the first warp adds up.
+// Grid: a block owns 32 columns of (weight, bias) one after the other. Warp r sums rows r, r + warps, ... of a column a
+// lane; the barrier publishes those sums, which the first warp adds up.
 //
 // Shared memory: 32 x 32 floats. fp32: all sums.
 

@@ -152,12 +152,9 @@ extern "C" __global__ void __launch_bounds__(kMaxWarps *kWarp, kBlocks) KERNEL(c
     return static_cast<Element *>(tensor.data)[offset];
   };
 
-  // Volatile, so that what is read before the wait is read again after it, from L2.
-  const auto read_slot = [&]() -> long long {
+  const auto read_slot = [&] {
     const long long at = b * p.indices_step;
-    if (p.indices == nullptr) return b;
-    if (p.indices_are_64_bit) return static_cast<const volatile long long *>(p.indices)[at];
-    return static_cast<const volatile int *>(p.indices)[at];
+    return p.indices == nullptr ? b : load_integer_anew(p.indices, at, p.indices_are_64_bit);
   };
   const auto states_of = [&](long long slot) { return static_cast<State *>(p.state.data) + slot * p.state.stride[0]; };
 
