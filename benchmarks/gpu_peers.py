@@ -28,6 +28,12 @@ def _mamba_ssm_norm() -> Callable[..., Any]:
     return partial(rmsnorm_fn, bias=None)
 
 
+def _mamba_ssm_scan() -> Callable[..., Any]:
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    return mamba_chunk_scan_combined
+
+
 def _mamba_ssm_step() -> Callable[..., Any]:
     from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 
@@ -51,6 +57,7 @@ def _whole_rows_then_gate(case: Case) -> bool:
 PEERS = [
     Peer("mamba_ssm", "rmsnorm_gated", _mamba_ssm_norm),
     Peer("fla", "rmsnorm_gated", _fla_norm, _whole_rows_then_gate),
+    Peer("mamba_ssm", "mamba_chunk_scan_combined", _mamba_ssm_scan),
     Peer("mamba_ssm", "selective_state_update", _mamba_ssm_step),
 ]
 

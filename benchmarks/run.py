@@ -21,6 +21,7 @@ from torch import Tensor
 
 import oxiscan
 from oxiscan import reference
+from oxiscan._C import build_info
 from oxiscan.testing import CASES, TOLERANCES, Case, assert_close, relative_rms, run
 
 from . import gpu_peers, machine, records, report, timing
@@ -163,9 +164,15 @@ class Bench:
         self.records: list[Record] = []
         self.failed = False
 
+    def op(self, case: Case) -> Op:
+        """The op of a case, without the backward if this device has none."""
+        op = OPS[case.op]
+        forward_only = self.device.type == "cuda" and case.op in build_info()["cuda_forward_only"]
+        return op._replace(passes=("fwd",)) if forward_only else op
+
     def check(self, case: Case) -> None:
         """Compare every pass of a case by every implementation with the reference, and take the host's times."""
-        op = OPS[case.op]
+        op = self.op(case)
         passes = [which for which in op.passes if which in self.passes]
         if not passes:
             return
@@ -236,7 +243,7 @@ class Bench:
 
     def record(self, case: Case, tensors: Tensors, checked: Checked) -> None:
         """Measure a pass, print and keep the record."""
-        op, which = OPS[case.op], checked.which
+        op, which = self.op(case), checked.which
         make = partial(PASSES[which], op, checked.call)
         tensors, gradients, moved = self.arguments(op, which, checked.call, tensors)
         peak = timing.peak_bytes(lambda: make(tensors, gradients)(), self.device)

@@ -56,9 +56,13 @@ pub fn build(wheels: &Wheels) -> Result<(), String> {
     for instance in &instances {
         sources.entry(instance.kernel).or_insert_with(|| source_hash(instance.kernel));
     }
+    let archs_of = |instance: &Instance| {
+        let only = instance.only;
+        archs.iter().filter(move |arch| only.is_none_or(|only| only == arch.as_str()))
+    };
     let job = |instance, arch| Job::new(instance, arch, &folder, wheels, &sources);
     let jobs: Vec<Vec<Job>> =
-        instances.iter().map(|i| archs.iter().map(|arch| job(i, arch)).collect()).collect();
+        instances.iter().map(|i| archs_of(i).map(|arch| job(i, arch)).collect()).collect();
     let stale: Vec<&Job> = jobs.iter().flatten().filter(|job| job.kept().is_none()).collect();
     if !stale.is_empty() {
         let summary = format!(

@@ -6,7 +6,8 @@ use pyo3::types::PyDict;
 #[cfg(feature = "cuda")]
 use crate::cuda::{self, module::INSTANCES};
 
-/// Version, backends, vector instructions, ops with CUDA kernels and the architectures these are compiled for.
+/// Version, backends, vector instructions, ops with CUDA kernels and the architectures these are compiled for, and of the
+/// chunk scan: headdim and dstate that have kernels of their own, the largest of any.
 #[pyfunction]
 pub fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     let info = PyDict::new(py);
@@ -14,15 +15,21 @@ pub fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     info.set_item("simd", crate::cpu::simd_name())?;
     info.set_item("profile", if cfg!(debug_assertions) { "debug" } else { "release" })?;
     #[cfg(feature = "cuda")]
-    let (backends, ops, archs) = {
+    let (backends, ops, forward_only, archs) = {
         let archs = INSTANCES[0].cubins.iter().map(|cubin| cubin.arch).collect();
-        (vec!["cpu", "cuda"], cuda::OPS.to_vec(), archs)
+        (vec!["cpu", "cuda"], cuda::OPS.to_vec(), cuda::FORWARD_ONLY.to_vec(), archs)
     };
     #[cfg(not(feature = "cuda"))]
-    let (backends, ops, archs) = (vec!["cpu"], Vec::<&str>::new(), Vec::<&str>::new());
+    let (backends, ops, forward_only, archs) = (vec!["cpu"], vec![], vec![], vec![]);
     info.set_item("backends", backends)?;
-    info.set_item("cuda_ops", ops)?;
+    info.set_item::<_, Vec<&str>>("cuda_ops", ops)?;
+    info.set_item::<_, Vec<&str>>("cuda_forward_only", forward_only)?;
     info.set_item::<_, Vec<&str>>("cuda_archs", archs)?;
+    #[cfg(feature = "cuda")]
+    let sizes = (cuda::ssd::HEADDIMS.to_vec(), cuda::ssd::DSTATES.to_vec(), cuda::ssd::MAX_SIZE);
+    #[cfg(not(feature = "cuda"))]
+    let sizes = (vec![], vec![], 0);
+    info.set_item::<_, (Vec<usize>, Vec<usize>, usize)>("cuda_chunk_scan", sizes)?;
     Ok(info)
 }
 

@@ -186,13 +186,90 @@ def varlen_states() -> Iterator[Call]:
         yield f"causal_conv1d_varlen_states {lengths} {state_len} {view}", partial(call, lengths, state_len, view)
 
 
+def passing(view: str, wide: bool, **sizes: Any) -> Call:
+    def call() -> None:
+        tensors = inputs.state_passing(**sizes, device=CPU)
+        if wide and "initial_states" in tensors:
+            tensors["initial_states"] = tensors["initial_states"].float()
+        final = inputs.normal(*tensors["states"][:, 0].shape, dtype=F32, device=CPU)
+        gradients = [on_gpu(VIEWS[view](t)) for t in (tensors["states"], final)]
+        leaves = {name: on_gpu(VIEWS[view](t)).requires_grad_() for name, t in tensors.items()}
+        outputs = oxiscan.state_passing(**leaves)
+        torch.autograd.grad(outputs, list(leaves.values()), gradients)
+
+    return f"state_passing {view} {wide} {sizes}", call
+
+
+def passings() -> Iterator[Call]:
+    for dtype, nchunks, (headdim, dstate) in itertools.product(
+        (F32, BF16, F16), (1, 4, 9), ((1, 1), (3, 7), (5, 100), (33, 8), (64, 128), (2, 1001))
+    ):
+        sizes = {"dtype": dtype, "nchunks": nchunks, "headdim": headdim, "dstate": dstate}
+        yield passing("contiguous", False, **sizes)
+        yield passing("contiguous", True, **sizes)
+        yield passing("contiguous", False, **sizes, initial=False)
+    for view, dtype, dstate in itertools.product(VIEWS, (F32, BF16), (9, 64)):
+        yield passing(view, True, dtype=dtype, headdim=36, dstate=dstate)
+    for empty in ("batch", "headdim"):
+        yield passing("contiguous", False, dtype=BF16, **{empty: 0})
+
+
+def scan(view: str, bounds: tuple[int, ...] | None = None, rows: int = 1, **sizes: Any) -> Call:
+    """With cu_seqlens if there are `bounds`, and `rows` of initial states then."""
+
+    def call() -> None:
+        shape = {"batch": 1, "seqlen": 100, "nheads": 2, "ngroups": 1, **sizes}
+        tensors = inputs.ssd(**shape, device=CPU)
+        if bounds is not None:
+            tensors["cu_seqlens"] = torch.tensor(bounds)
+            states = inputs.ssd(**shape | {"batch": rows, "seqlen": 1}, device=CPU)
+            tensors["initial_states"] = states["initial_states"]
+        oxiscan.mamba_chunk_scan_combined(
+            **{name: on_gpu(VIEWS[view](t)) for name, t in tensors.items()},
+            chunk_size=64,
+            dt_softplus=True,
+            return_final_states=True,
+            return_varlen_states=bounds is not None,
+        )
+
+    return f"mamba_chunk_scan_combined {view} {bounds} {rows} {sizes}", call
+
+
+def scans() -> Iterator[Call]:
+    small, large = {"headdim": 8, "dstate": 12}, {"headdim": 64, "dstate": 128}
+    odd = ((1, 1), (8, 12), (33, 70), (100, 200), (256, 33))
+    models = tuple(itertools.product((64, 80, 96, 128), (64, 128, 256)))
+    for (headdim, dstate), dtype, seq_idx in itertools.product(odd + models, (F32, BF16), (False, True)):
+        yield scan("contiguous", headdim=headdim, dstate=dstate, dtype=dtype, seq_idx=seq_idx)
+    for seqlen, shape, dtype in itertools.product((0, 1, 2, 63, 64, 65, 129), (small, large), (F32, BF16)):
+        yield scan("contiguous", **shape, seqlen=seqlen, dtype=dtype, seq_idx=True, D="elements", parameters=F32)
+    for view, shape, dtype in itertools.product(VIEWS, (small, large), (F32, BF16, F16)):
+        yield scan(view, **shape, batch=3, nheads=4, ngroups=2, dtype=dtype, seq_idx=True, D="elements")
+    for shape, dtype in itertools.product((small, large), (F32, BF16, F16)):
+        yield scan("contiguous", **shape, dtype=dtype, optional=False)
+        yield scan("contiguous", **shape, dtype=dtype, batch=0)
+    documents = ((0, 0), (0, 0, 1, 1, 3, 70), (0, 64, 64, 100, 100))
+    garbage = ((5, 2, -7, 2**40), (0, 200, 50, 100), (-1, -1, -1), (2**40, -(2**40), 2**31 - 1))
+    for bounds, shape, dtype in itertools.product(documents + garbage, (small, large), (F32, BF16)):
+        yield scan("contiguous", bounds, **shape, dtype=dtype)
+        yield scan("strided", bounds, len(bounds) - 1, **shape, dtype=dtype, seq_idx=True)
+    # In segments.
+    for headdim, dstate in ((16, 16), (64, 64)):
+        long: dict[str, Any] = {"seqlen": 2**15, "nheads": 1, "headdim": headdim, "dstate": dstate, "dtype": BF16}
+        yield scan("contiguous", **long, seq_idx=True)
+        yield scan("contiguous", (0, 7, 7, 2**14 + 1, 2**15 - 9), 4, **long)
+        yield scan("contiguous", (5, 2**16, -7, 2**40), 3, **long)
+
+
 #: By public op: its calls.
 CALLS: dict[str, Callable[[], Iterator[Call]]] = {
     "causal_conv1d_fn": convs,
     "causal_conv1d_update": conv_steps,
     "causal_conv1d_varlen_states": varlen_states,
+    "mamba_chunk_scan_combined": scans,
     "rmsnorm_gated": norms,
     "selective_state_update": steps,
+    "state_passing": passings,
 }
 
 

@@ -138,6 +138,7 @@ ERRORS = [
     (packed(initial_states=torch.ones(3, 4, 8, 12)), ValueError, r"initial_states: got shape .* \(ndocs, nheads, head"),
     (ssd(x=torch.ones(2, 6, 4, 8, dtype=torch.int32)), TypeError, "x: got int32; allowed: float32, float64"),
     (ssd(x=torch.ones(2, 6, 4, 8, dtype=torch.complex64)), TypeError, "x: got complex64"),
+    (ssd(x=torch.ones(2, 6, 0, 8)), ValueError, "x: got nheads = 0; allowed: nheads >= 1"),
     (ssd(B=torch.ones(2, 6, 2, 12, device="meta")), ValueError, "B: got a tensor on meta; allowed: the device of x"),
     (scan(u=[1.0]), TypeError, "u: got list; allowed: torch.Tensor"),
     (scan(u=torch.ones(2, 20)), ValueError, r"u: got shape \(2, 20\); allowed: 3 dimensions \(batch, dim, seqlen\)"),
@@ -321,6 +322,7 @@ def test_errors_name_the_argument(call, error, message):
 
 NORM = {"x": torch.ones(3, 8), "weight": torch.ones(8), "bias": torch.ones(8), "z": torch.ones(3, 8)}
 STEP = inputs.state_update(batch=2, dim=3, dstate=6, slots=2, intermediate=True, **F32)
+SCAN = inputs.ssd(batch=1, seqlen=6, seq_idx=True, **F32) | {"cu_seqlens": CU, "chunk_size": 4}
 #: By op: valid arguments; one of them, what it is made into, the error. For every backend.
 REFUSED = {
     "rmsnorm_gated": (
@@ -338,6 +340,27 @@ REFUSED = {
             ("x", lambda x: x.to_sparse(), TypeError, "x: got a Tensor without memory of its own; allowed: a plain"),
             ("group_size", lambda _: 3, ValueError, "group_size: got 3; allowed: a divisor of dim = 8"),
             ("eps", lambda _: -1.0, ValueError, "eps: got -1.0; allowed: eps >= 0"),
+        ],
+    ),
+    "mamba_chunk_scan_combined": (
+        SCAN,
+        [
+            ("x", lambda x: x.int(), TypeError, "x: got int32; allowed: float32"),
+            ("x", lambda x: x[0], ValueError, r"x: got shape \(6, 4, 8\); allowed: 4 dimensions \(batch, seqlen"),
+            ("dt", lambda dt: dt[..., :3], ValueError, r"dt: got shape \(1, 6, 3\); allowed: \(batch, seqlen, nh"),
+            ("A", lambda A: A.half(), TypeError, "A: got float16; allowed: float32"),
+            ("B", lambda B: B[:, :, :1].expand(-1, -1, 3, -1), ValueError, "B: got ngroups = 3; allowed: a divisor of"),
+            ("B", lambda B: B[..., :0], ValueError, "B: got dstate = 0; allowed: dstate >= 1"),
+            ("C", lambda C: C.half(), TypeError, "C: got float16; allowed: float32"),
+            ("D", lambda D: D[:3], ValueError, r"D: got shape \(3,\); allowed: \(nheads\) = \(4,\)"),
+            ("z", lambda z: z.to("meta"), ValueError, "z: got a tensor on meta; allowed: the device of x"),
+            ("dt_bias", lambda bias: bias[:3], ValueError, "dt_bias: got shape"),
+            ("initial_states", lambda t: t.expand(3, -1, -1, -1), ValueError, r"initial_states: got .* \(ndocs, nh"),
+            ("seq_idx", lambda ids: ids.long(), TypeError, "seq_idx: got int64; allowed: int32"),
+            ("cu_seqlens", lambda bounds: bounds[:1], ValueError, r"cu_seqlens: got shape \(1,\); allowed: \(ndocs"),
+            ("cu_seqlens", lambda bounds: bounds.float(), TypeError, "cu_seqlens: got float32; allowed: int32"),
+            ("dt_limit", lambda _: (1.0, 0.5), ValueError, r"dt_limit: got \(1.0, 0.5\); allowed: \(low, high\)"),
+            ("chunk_size", lambda _: 0, ValueError, "chunk_size: got 0; allowed: >= 1"),
         ],
     ),
     "selective_state_update": (
@@ -369,11 +392,13 @@ REFUSED = {
     ids=[row[-1] for _, rows in REFUSED.values() for row in rows],
 )
 def test_what_is_refused_on_every_backend(name, argument, change, error, message, device):
-    arguments = {n: t.to(device, copy=True) for n, t in REFUSED[name][0].items()}
-    before = {n: t.clone() for n, t in arguments.items()}
+    given = REFUSED[name][0]
+    tensors = {n: t.to(device, copy=True) for n, t in given.items() if isinstance(t, torch.Tensor)}
+    before = {n: t.clone() for n, t in tensors.items()}
+    arguments = given | tensors
     with pytest.raises(error, match=message):
         getattr(oxiscan, name)(**arguments | {argument: change(arguments.get(argument))})
-    assert all(torch.equal(t, before[n]) for n, t in arguments.items())
+    assert all(torch.equal(t, before[n]) for n, t in tensors.items())
 
 
 def test_a_device_without_a_backend_is_named():

@@ -22,8 +22,10 @@ from torch.autograd import DeviceType
 
 import oxiscan
 from oxiscan import _C, reference
+from oxiscan.testing import CASES as MODELS
 from oxiscan.testing import TOLERANCES, assert_close, compare, inputs, run
 from test_causal_conv1d_update import compare_update as compare_conv_update
+from test_packed_documents import peak_device_memory
 from test_selective_state_update import WRITTEN, compare_update
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -48,9 +50,11 @@ class Case(NamedTuple):
     like: tuple[str, ...] = ()
     #: Arguments that are updated in place.
     written: tuple[str, ...] = ()
-    #: What the kernels' names start with, in the order of their launches: of forward, of backward.
-    forward: tuple[str, ...] = ()
-    backward: tuple[str, ...] = ()
+    #: The argument that decides device and dtype of the others.
+    first: str = "x"
+    #: What the kernels' names start with, or one of several, in the order of their launches: of forward, of backward.
+    forward: tuple[str | tuple[str, ...], ...] = ()
+    backward: tuple[str | tuple[str, ...], ...] = ()
 
     def tensors(self, device: Any, seed: int = 0) -> dict[str, Tensor]:
         """The arguments, with those of the outputs' gradients as "gradient 0" and so on."""
@@ -62,7 +66,7 @@ class Case(NamedTuple):
         """Outputs, gradients and what the call leaves in the arguments that it updates; nothing else is changed."""
         arguments = {name: t for name, t in tensors.items() if not name.startswith("gradient")}
         op = getattr(oxiscan, self.op)
-        if self.like:
+        if not self.written:
             gradients = [t for name, t in tensors.items() if name.startswith("gradient")]
             return run(op, arguments, self.options, gradients)
         arguments |= {name: arguments[name].clone() for name in self.written}
@@ -104,6 +108,27 @@ def conv_update(**sizes):
     return make
 
 
+def passing(*, strided=False, **sizes):
+    def make(*, device, seed):
+        tensors = inputs.state_passing(**sizes, device=device, seed=seed)
+        tensors["initial_states"] = tensors["initial_states"].float()  # also what final states' gradients are
+        return {name: inputs.strided(t) for name, t in tensors.items()} if strided else tensors
+
+    return make
+
+
+def scan(*, strided=False, lengths=None, **sizes):
+    def make(*, device, seed):
+        tensors = inputs.ssd(**sizes, device=device, seed=seed)
+        if lengths is not None:
+            tensors["cu_seqlens"] = inputs.cu_seqlens(*lengths, device=device)
+            states = inputs.ssd(**sizes | {"batch": len(lengths), "seqlen": 1}, device=device, seed=seed)
+            tensors["initial_states"] = states["initial_states"]
+        return {name: inputs.strided(t) for name, t in tensors.items()} if strided else tensors
+
+    return make
+
+
 CONV: dict[str, Any] = {
     "like": ("x", "initial_states"),
     "forward": ("causal_conv1d_fwd",),
@@ -116,6 +141,13 @@ NORM: dict[str, Any] = {
     "forward": ("rmsnorm_gated_fwd",),
     "backward": ("rmsnorm_gated_bwd", "rmsnorm_gated_bwd_parameters"),
 }
+PASSING: dict[str, Any] = {
+    "like": ("states", "initial_states"),
+    "first": "states",
+    "forward": ("state_passing_fwd",),
+    "backward": ("state_passing_bwd", "state_passing_bwd_decay"),
+}
+SCAN_OPTIONS = {"chunk_size": 64, "dt_softplus": True, "return_final_states": True}
 UPDATE: dict[str, Any] = {"written": ("state",), "forward": ("selective_state_update",)}
 
 CASES = [
@@ -165,6 +197,49 @@ CASES = [
     ),
     Case("norm_odd", "rmsnorm_gated", norm(3, 50, 333, dtype=F16), {"group_size": 111}, **NORM),
     Case("norm_strided", "rmsnorm_gated", norm(5, 6, 128, dtype=BF16, strided=True), {}, **NORM),
+    Case("passing", "state_passing", passing(nchunks=37, headdim=64, dstate=128, dtype=BF16), {}, **PASSING),
+    Case(
+        "passing_strided",
+        "state_passing",
+        passing(batch=3, nchunks=9, headdim=5, dstate=70, dtype=F32, strided=True),
+        {},
+        **PASSING,
+    ),
+    Case(
+        "scan",
+        "mamba_chunk_scan_combined",
+        scan(batch=3, seqlen=300, headdim=64, dstate=128, seq_idx=True, dtype=BF16, parameters=F32),
+        SCAN_OPTIONS,
+        forward=(("ssd_fwd_wgmma", "ssd_fwd_mma"),),
+    ),
+    Case(
+        "scan_float32",
+        "mamba_chunk_scan_combined",
+        scan(batch=3, seqlen=300, headdim=20, dstate=40, D="elements", dtype=F32),
+        SCAN_OPTIONS,
+        forward=("ssd_fwd_recurrence",),
+    ),
+    Case(
+        "scan_odd",
+        "mamba_chunk_scan_combined",
+        scan(batch=3, seqlen=200, nheads=6, headdim=33, dstate=70, seq_idx=True, strided=True, dtype=F16),
+        SCAN_OPTIONS,
+        forward=("ssd_fwd_mma",),
+    ),
+    Case(
+        "scan_cu_seqlens",
+        "mamba_chunk_scan_combined",
+        scan(batch=1, seqlen=300, headdim=80, dstate=64, lengths=(0, 3, 140, 0, 100), dtype=F16),
+        SCAN_OPTIONS | {"return_varlen_states": True},
+        forward=(("ssd_fwd_wgmma", "ssd_fwd_mma"),),
+    ),
+    Case(
+        "scan_segments",
+        "mamba_chunk_scan_combined",
+        scan(batch=2, seqlen=33000, nheads=1, ngroups=1, headdim=64, dstate=64, decay=1e-3, dtype=BF16),
+        SCAN_OPTIONS,
+        forward=(("ssd_fwd_wgmma", "ssd_fwd_mma"),) * 2,
+    ),
     Case(
         "state_update",
         "selective_state_update",
@@ -184,7 +259,9 @@ BY_NAME = {case.name: case for case in CASES}
 EVERY = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 #: One for each op.
 ONE_EACH = pytest.mark.parametrize(
-    "case", [BY_NAME[name] for name in ("conv", "conv_update", "norm", "state_update")], ids=lambda case: case.op
+    "case",
+    [BY_NAME[name] for name in ("conv", "conv_update", "norm", "passing", "scan", "state_update")],
+    ids=lambda case: case.op,
 )
 
 
@@ -371,8 +448,9 @@ def assert_refuses_another_device(case, other, name):
     tensors = {n: t for n, t in case.tensors("cuda:0").items() if not n.startswith("gradient")}
     before = {n: t.clone() for n, t in tensors.items()}
     for argument in tensors:
-        if argument != "x":
-            with pytest.raises(ValueError, match=f"^{argument}: got a tensor on {name}; allowed: the device of x"):
+        if argument != case.first:
+            allowed = f"the device of {case.first}"
+            with pytest.raises(ValueError, match=f"^{argument}: got a tensor on {name}; allowed: {allowed}"):
                 getattr(oxiscan, case.op)(**tensors | {argument: tensors[argument].to(other)}, **case.options)
     assert_same_bits(tensors, before)
 
@@ -431,7 +509,7 @@ def test_launches(case, device):
         assert_launches(case.backward, launches(backward))
 
 
-def assert_launches(expected: tuple[str, ...], actual: list[str]) -> None:
+def assert_launches(expected: tuple[str | tuple[str, ...], ...], actual: list[str]) -> None:
     """Nothing but these kernels; the last ones may be left out."""
     assert 1 <= len(actual) <= len(expected), actual
     assert all(name.startswith(prefix) for name, prefix in zip(actual, expected, strict=False)), actual
@@ -480,10 +558,10 @@ def test_float64_is_refused(case, device):
     tensors = {n: t for n, t in case.tensors(device).items() if not n.startswith("gradient")}
     before = {n: t.clone() for n, t in tensors.items()}
     op = getattr(oxiscan, case.op)
-    with pytest.raises(TypeError, match="^x: got float64; allowed: float32, bfloat16, float16$"):
+    with pytest.raises(TypeError, match=f"^{case.first}: got float64; allowed: float32, bfloat16, float16$"):
         op(**{n: t.double() if t.is_floating_point() else t for n, t in tensors.items()}, **case.options)
     for name, t in tensors.items():
-        if name != "x" and t.is_floating_point():
+        if name != case.first and t.is_floating_point():
             with pytest.raises(TypeError, match=f"^{name}: got float64; allowed: (?!.*float64)"):
                 op(**tensors | {name: t.double()}, **case.options)
     assert_same_bits(tensors, before)
@@ -495,6 +573,29 @@ def test_a_state_that_is_too_wide_is_refused(device):
     with pytest.raises(NotImplementedError, match="^state: got dstate = 257; allowed: dstate <= 256 on cuda$"):
         oxiscan.selective_state_update(**tensors)
     assert torch.equal(tensors["state"], before)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize(("argument", "size"), [("x", "headdim"), ("B", "dstate")])
+def test_a_scan_that_is_too_wide_is_refused(argument, size, dtype, device):
+    tensors = inputs.ssd(seqlen=3, **{size: 257}, dtype=dtype, device=device)
+    with pytest.raises(NotImplementedError, match=f"^{argument}: got {size} = 257; allowed: {size} <= 256 on cuda$"):
+        oxiscan.mamba_chunk_scan_combined(**tensors, **SCAN_OPTIONS)
+
+
+@pytest.mark.parametrize("argument", ["x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states"])
+def test_a_gradient_of_the_scan_is_refused(argument, device):
+    tensors = inputs.ssd(seqlen=3, dtype=F32, device=device)
+    expected = oxiscan.mamba_chunk_scan_combined(**tensors, **SCAN_OPTIONS)
+    tensors[argument].requires_grad_()
+    got = r"a tensor on cuda:\d+ that requires a gradient"
+    allowed = r"cpu, the only backend of mamba_chunk_scan_combined's gradients so far, or torch.no_grad\(\)"
+    with pytest.raises(NotImplementedError, match=f"^{argument}: got {got}; allowed: {allowed}$"):
+        oxiscan.mamba_chunk_scan_combined(**tensors, **SCAN_OPTIONS)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            actual = oxiscan.mamba_chunk_scan_combined(**tensors, **SCAN_OPTIONS)
+            assert all(torch.equal(a, e) and not a.requires_grad for a, e in zip(actual, expected, strict=True))
 
 
 # --- Convolution: edges of tiles, alignment, layouts
@@ -803,6 +904,159 @@ def test_the_norm_has_the_same_bits_in_every_layout(dim, bias, norm_before_gate,
         assert torch.equal(dense[name][3:4], alone[name]), name
 
 
+# --- State passing: edges of warps and of chunks under way, alignment, layouts
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize(
+    ("headdim", "dstate"),
+    [(1, 1), (70, 1), (1, 128), (2, 4), (3, 7), (5, 100), (33, 8), (31, 16), (80, 64), (64, 128), (1, 1001)],
+)
+def test_passing_sizes(headdim, dstate, dtype, device):
+    sizes = {"headdim": headdim, "dstate": dstate, "dtype": dtype, "device": device}
+    for nchunks in (0, 1, 2, 3, 4, 5, 7, 8, 9, 33):
+        tensors = inputs.state_passing(**sizes, nchunks=nchunks)
+        compare(oxiscan.state_passing, reference.state_passing, tensors, {})
+        tensors["initial_states"] = tensors["initial_states"].float() * 1.01
+        compare(oxiscan.state_passing, reference.state_passing, tensors, {})
+
+
+@pytest.mark.parametrize("empty", ["batch", "nchunks", "nheads", "headdim", "dstate"])
+def test_passing_of_nothing(empty, device):
+    tensors = inputs.state_passing(**{empty: 0}, dtype=BF16, device=device)
+    compare(oxiscan.state_passing, reference.state_passing, tensors, {})
+    results = run(oxiscan.state_passing, {n: t for n, t in tensors.items() if n != "initial_states"}, {})
+    assert all((results[name] == 0).all() for name in ("out1", "ddecay"))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize(("headdim", "dstate"), [(64, 128), (7, 24), (5, 9)])
+def test_passing_has_the_same_bits_in_every_layout_and_batch(dtype, headdim, dstate, device):
+    sizes = {"batch": 4, "nchunks": 11, "headdim": headdim, "dstate": dstate}
+    tensors = passing(**sizes, dtype=dtype)(device=device, seed=0)
+    gradients = [torch.randn_like(tensors[name]) for name in PASSING["like"]]
+    dense = run(oxiscan.state_passing, tensors, {}, gradients)
+    for view in (unaligned, odd_rows, part_of_a_projection, sequence_first, inputs.strided):
+        for changed in (*tensors, "gradients", "all"):
+            views = {n: view(t) if changed in (n, "all") else t for n, t in tensors.items()}
+            incoming = [view(g) if changed in ("gradients", "all") else g for g in gradients]
+            assert_same_bits(run(oxiscan.state_passing, views, {}, incoming), dense)
+    for row in (slice(1, 2), slice(3, 4)):
+        part = {n: t[row].clone() for n, t in tensors.items()}
+        alone = run(oxiscan.state_passing, part, {}, [g[row].clone() for g in gradients])
+        assert_same_bits(alone, {n: t[row] for n, t in dense.items()})
+
+
+def test_passing_expanded(device):
+    tensors = inputs.state_passing(headdim=8, dstate=16, dtype=F32, device=device)
+    for name, t in tensors.items():
+        views = tensors | {name: t[(slice(1),) * t.dim()].expand_as(t)}
+        compare(oxiscan.state_passing, reference.state_passing, views, {})
+    one = torch.ones((), device=device)
+    gradients = [one.expand_as(tensors[name]) for name in PASSING["like"]]
+    actual = run(oxiscan.state_passing, tensors, {}, gradients)
+    assert_same_bits(actual, run(oxiscan.state_passing, tensors, {}, [g.clone() for g in gradients]))
+
+
+# --- Scan: which kernel, documents, memory
+
+
+def scan_launches(tensors):
+    return launches(lambda: oxiscan.mamba_chunk_scan_combined(**tensors, **SCAN_OPTIONS))
+
+
+def assert_scans(kernel, tensors, times=1):
+    actual = scan_launches(tensors)
+    assert len(actual) == times and all(name.startswith(kernel) for name in actual), actual
+
+
+@pytest.fixture
+def wgmma(device):
+    """The kernel of aligned arguments in the sizes of models."""
+    return "ssd_fwd_wgmma" if torch.cuda.get_device_capability(device) == (9, 0) else "ssd_fwd_mma"
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("headdim", [64, 80, 96, 128])
+@pytest.mark.parametrize("dstate", [64, 128, 256])
+def test_the_kernel_of_models(dtype, headdim, dstate, wgmma, device):
+    shape = {"seqlen": 70, "headdim": headdim, "dstate": dstate}
+    assert_scans(wgmma, inputs.ssd(**shape, seq_idx=True, dtype=dtype, device=device))
+
+
+def test_the_kernel_of_other_arguments(wgmma, device):
+    shape = {"seqlen": 70, "headdim": 64, "dstate": 128, "device": device}
+    tensors = inputs.ssd(**shape, dtype=BF16)
+    for name in ("x", "B", "C", "z"):
+        for view in (unaligned, odd_rows, inputs.strided, one_row_for_all):
+            kernel = wgmma if (name, view) == ("z", one_row_for_all) else "ssd_fwd_mma"
+            assert_scans(kernel, tensors | {name: view(tensors[name])})
+        assert_scans(wgmma, tensors | {name: part_of_a_projection(tensors[name])})
+    for size in ({"headdim": 72}, {"headdim": 256}, {"dstate": 16}, {"dstate": 72}):
+        assert_scans("ssd_fwd_mma", inputs.ssd(**shape | size, dtype=BF16))
+    assert_scans("ssd_fwd_recurrence", inputs.ssd(**shape, dtype=F32))
+
+
+@pytest.mark.parametrize(
+    ("seqlen", "nheads", "times"), [(32767, 2, 1), (32768, 2, 2), (32768, 64, 2), (32768, 65, 1), (70000, 2, 2)]
+)
+def test_long_sequences_of_few_heads_are_walked_in_segments(seqlen, nheads, times, wgmma, device):
+    for dtype, headdim, kernel in ((BF16, 64, wgmma), (F16, 8, "ssd_fwd_mma"), (F32, 8, "ssd_fwd_recurrence")):
+        shape = {"seqlen": 1, "nheads": nheads, "ngroups": 1, "headdim": headdim, "dstate": 64}
+        tensors = inputs.ssd(**shape, optional=False, dtype=dtype, device=device)
+        tensors = {n: t if n == "A" else t.new_zeros(3, seqlen, *t.shape[2:]) for n, t in tensors.items()}
+        assert_scans(kernel, tensors, 1 if dtype == F32 else times)
+
+
+@pytest.mark.parametrize(("dtype", "headdim", "dstate"), [(F32, 8, 12), (BF16, 8, 12), (BF16, 64, 128), (F16, 96, 64)])
+@pytest.mark.parametrize("indices", [torch.int32, torch.int64])
+@pytest.mark.parametrize("seqlen", [100, 33000])
+def test_scan_with_cu_seqlens_that_make_no_sense(dtype, headdim, dstate, indices, seqlen, device):
+    shape = {"seqlen": seqlen, "nheads": 1, "ngroups": 1, "headdim": headdim, "dstate": dstate}
+    tensors = inputs.ssd(batch=1, **shape, dtype=dtype, device=device)
+    states = inputs.normal(3, 1, headdim, dstate, dtype=dtype, device=device)
+    far = 2**31 - 1 if indices == torch.int32 else 2**40
+    for bounds in ([5, 2, -7, far], [0, 2 * seqlen, 50, seqlen], [-1] * 4, [far, -far, far, -far], [-far, 7, 7, far]):
+        tensors["cu_seqlens"] = torch.tensor(bounds, dtype=indices, device=device)
+        for initial_states in (states, states[:1].clone()):
+            arguments = tensors | {"initial_states": initial_states}
+            oxiscan.mamba_chunk_scan_combined(**arguments, **SCAN_OPTIONS, return_varlen_states=True)
+    torch.cuda.synchronize(device)
+
+
+@pytest.mark.parametrize(("dtype", "headdim", "dstate"), [(F32, 8, 12), (BF16, 8, 12), (BF16, 64, 128)])
+def test_a_captured_scan_takes_other_documents(dtype, headdim, dstate, device):
+    """cu_seqlens is padded by repeating its last value: as many documents as the graph was captured with."""
+    options = SCAN_OPTIONS | {"return_varlen_states": True}
+    make = scan(batch=1, seqlen=300, headdim=headdim, dstate=dstate, lengths=(100, 60, 140, 0, 0, 0), dtype=dtype)
+    static = make(device=device, seed=0)
+    oxiscan.mamba_chunk_scan_combined(**static, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = oxiscan.mamba_chunk_scan_combined(**static, **options)
+    for lengths in ((300, 0, 0, 0, 0, 0), (0, 1, 2, 64, 65, 100), (64, 64, 64, 64, 0, 0), (7, 0, 0, 0, 0, 0)):
+        static["cu_seqlens"].copy_(inputs.cu_seqlens(*lengths, device=device))
+        graph.replay()
+        for actual, expected in zip(captured, oxiscan.mamba_chunk_scan_combined(**static, **options), strict=True):
+            assert torch.equal(actual, expected)
+        for document, length in enumerate(lengths):
+            if length == 0:
+                assert torch.equal(captured[2][document], static["initial_states"][document].to(captured[2].dtype))
+
+
+# Of long128k what twelve parts of segments add to the states of 32 heads.
+@pytest.mark.parametrize(("model", "allowed"), [("hybrid8b_tp4", 4 * 2**20), ("long128k", 13 * 2**20)])
+def test_a_scan_keeps_little_beside_its_result(model, allowed, device):
+    case = MODELS[f"{model}/ssd"]
+    tensors = case.tensors(BF16, device)
+
+    def call():
+        with torch.no_grad():
+            return oxiscan.mamba_chunk_scan_combined(**tensors, **case.options)
+
+    assert peak_device_memory(call, device) - tensors["x"].nbytes <= allowed
+
+
 # --- State update: edges of tiles, alignment, layouts, slots
 
 DSTATES = [1, 7, 8, 12, 16, 24, 32, 48, 64, 96, 100, 128, 192, 256]
@@ -1060,6 +1314,57 @@ def test_above_2_31_elements_of_the_convolution(channel_last, device):
         gradient[..., : begin - low] = 0
         total += run(reference.causal_conv1d_fn, part, {"activation": "silu"}, [gradient])["dweight"]
     assert_close("dweight", actual["dweight"], total, TOLERANCES[F32][1])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dstate", "kernel"), [(BF16, 64, "wgmma"), (BF16, 72, "ssd_fwd_mma"), (F32, 64, "ssd_fwd_recurrence")]
+)
+def test_above_2_31_elements_of_the_scan(dtype, dstate, kernel, wgmma, device):
+    needs_memory(40)
+    nheads, headdim, window = 64, 64, 300
+    seqlen = 2**31 // (nheads * headdim) + 333
+    generator = torch.Generator(device).manual_seed(0)
+    shape = {"batch": 1, "seqlen": 1, "nheads": nheads, "headdim": headdim, "ngroups": nheads, "dstate": dstate}
+    tensors = inputs.ssd(**shape, dtype=dtype, parameters=F32, device=device)
+    for name in ("x", "dt", "B", "C"):
+        shape = (1, seqlen, *tensors[name].shape[2:])
+        tensors[name] = torch.randn(shape, dtype=tensors[name].dtype, device=device, generator=generator)
+    del tensors["z"], tensors["dt_bias"]
+    assert all(tensors[name].numel() > 2**31 for name in ("x", "B", "C"))
+    out, final_states = oxiscan.mamba_chunk_scan_combined(**tensors, **SCAN_OPTIONS)
+    # States decay by e^-0.16 a token or faster: what comes before a window leaves no trace in its second half.
+    for end in (window, seqlen // 2 + 101, 2**31 // (nheads * headdim) + 20, seqlen):
+        part = {n: t[:, end - window : end] if n in ("x", "dt", "B", "C") else t for n, t in tensors.items()}
+        if end != window:
+            del part["initial_states"]
+        part = {name: t.double() for name, t in part.items()}
+        expected, expected_states = reference.mamba_chunk_scan_combined(**part, **SCAN_OPTIONS)
+        half = slice(window // 2, None)
+        assert_close(f"out to {end}", out[:, end - window : end][:, half], expected[:, half], TOLERANCES[dtype][0])
+    assert_close("final_states", final_states, expected_states, TOLERANCES[dtype][0])
+    assert all(part.isfinite().all() for part in out.split(2**14, dim=1))
+    del out
+    assert_scans(wgmma if kernel == "wgmma" else kernel, tensors, 1 if dtype == F32 else 2)
+
+
+def test_above_2_31_elements_of_chunk_states(device):
+    needs_memory(24)
+    nchunks, nheads, headdim, dstate = 513, 512, 64, 128
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (1, nchunks, nheads, headdim, dstate)
+    states, dbefore = (torch.randn(shape, dtype=BF16, device=device, generator=generator) for _ in range(2))
+    assert states.numel() > 2**31
+    decay = -torch.rand(shape[:3], device=device, generator=generator)
+    dfinal = torch.randn(1, *shape[2:], device=device, generator=generator)
+    actual = run(oxiscan.state_passing, {"states": states, "decay": decay}, {}, [dbefore, dfinal])
+    for head in (0, 1, 255, 510, 511):
+        part = {"states": states[:, :, [head]].double(), "decay": decay[:, :, [head]].double()}
+        gradients = [dbefore[:, :, [head]].double(), dfinal[:, [head]].double()]
+        expected = run(reference.state_passing, part, {}, gradients)
+        for name, value in actual.items():
+            own = value[:, [head]] if name == "out1" else value[:, :, [head]]
+            assert_close(f"{name} of head {head}", own, expected[name], TOLERANCES[BF16][name.startswith("d")])
+    assert all(part.isfinite().all() for name in ("out0", "dstates") for part in actual[name].split(16, dim=1))
 
 
 def test_above_2_31_elements_of_a_state(device):

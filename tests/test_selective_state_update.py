@@ -177,6 +177,11 @@ def test_the_result_carries_no_gradient(device):
 
 
 def test_the_written_states_are_noticed_by_autograd(device):
+    step = inputs.state_update(intermediate=True, dtype=torch.float32, device=device)
+    loss = (torch.ones(7, device=device, requires_grad=True) * step["intermediate_ssm_states"]).sum()
+    oxiscan.selective_state_update(**step)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
     tensors = inputs.ssd(seqlen=6, dtype=torch.float32, device=device)
     tensors["A"].requires_grad_()
     out = oxiscan.mamba_chunk_scan_combined(**tensors, chunk_size=8)
@@ -184,11 +189,6 @@ def test_the_written_states_are_noticed_by_autograd(device):
     oxiscan.selective_state_update(**step | {"state": tensors["initial_states"]})
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
-    step = inputs.state_update(intermediate=True, dtype=torch.float32, device=device)
-    loss = (torch.ones(7, device=device, requires_grad=True) * step["intermediate_ssm_states"]).sum()
-    oxiscan.selective_state_update(**step)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
 
 
 @pytest.mark.parametrize("dtype", inputs.FLOATS)

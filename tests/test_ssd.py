@@ -1,5 +1,8 @@
 """mamba_chunk_scan_combined against the token-by-token recurrence."""
 
+import itertools
+from functools import partial, wraps
+
 import pytest
 import torch
 
@@ -9,6 +12,16 @@ from oxiscan.testing import TOLERANCES, assert_close, compare, inputs, run, seed
 from oxiscan.testing.comparison import assert_equal, tolerance
 
 OPTIONS = {"chunk_size": 64, "dt_softplus": True, "return_final_states": True}
+
+HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+#: Sizes that CUDA has one kernel for in these dtypes, and sizes that it has another for.
+SIZES = pytest.mark.parametrize(("headdim", "dstate"), [(8, 12), (64, 128)])
+#: A call for each of its kernels: the dtype, `exact` where None, and such sizes.
+KERNELS = pytest.mark.parametrize(
+    ("dtype", "headdim", "dstate"), [(None, 8, 12), (torch.bfloat16, 8, 12), (torch.bfloat16, 64, 128)]
+)
+#: Results that go with a token.
+BY_TOKEN = {"out0", "dx", "ddt", "dB", "dC", "dz"}
 
 
 def compare_ssd(tensors, **options):
@@ -46,6 +59,44 @@ def test_sizes(nheads, ngroups, headdim, dstate, exact, device):
     compare_ssd(inputs.ssd(batch=1, seqlen=70, **shape, dtype=exact, device=device))
 
 
+@HALF
+@pytest.mark.parametrize(
+    ("headdim", "dstate"),
+    [*itertools.product((64, 80, 96, 128), (64, 128, 256)), (1, 1), (8, 12), (100, 200), (256, 33)],
+)
+def test_sizes_in_half_precision(headdim, dstate, dtype, device):
+    shape = {"batch": 1, "nheads": 2, "ngroups": 1, "headdim": headdim, "dstate": dstate}
+    compare_ssd(inputs.ssd(seqlen=150, seq_idx=True, **shape, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize("headdim", [5, 64])
+@pytest.mark.parametrize("dstate", [16, 33, 100, 256])
+def test_sizes_in_float32(headdim, dstate, device):
+    shape = {"batch": 1, "nheads": 2, "ngroups": 1, "headdim": headdim, "dstate": dstate}
+    compare_ssd(inputs.ssd(seqlen=150, seq_idx=True, **shape, dtype=torch.float32, device=device))
+
+
+@SIZES
+@pytest.mark.parametrize("seqlen", [0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 193])
+@pytest.mark.parametrize("seq_idx", [False, True])
+def test_seqlen_in_bfloat16(headdim, dstate, seqlen, seq_idx, device):
+    shape = {"batch": 2, "nheads": 2, "headdim": headdim, "dstate": dstate}
+    compare_ssd(inputs.ssd(seqlen=seqlen, seq_idx=seq_idx, **shape, dtype=torch.bfloat16, device=device))
+
+
+@HALF
+@SIZES
+@pytest.mark.parametrize("D", ["heads", "elements", None])
+@pytest.mark.parametrize("z", [False, True])
+def test_D_and_z_in_half_precision(D, z, headdim, dstate, dtype, device):
+    shape = {"batch": 1, "seqlen": 70, "headdim": headdim, "dstate": dstate}
+    tensors = inputs.ssd(D=D or "heads", **shape, dtype=dtype, parameters=torch.float32, device=device)
+    left_out = {name for name, given in (("D", D), ("z", z)) if not given}
+    tensors = {name: t for name, t in tensors.items() if name not in left_out}
+    compare_ssd(tensors)
+    compare_ssd(tensors, dt_limit=(0.3, 1.1))
+
+
 @pytest.mark.parametrize("left_out", ["D", "z", "dt_bias", "initial_states"])
 def test_an_optional_argument_left_out(left_out, exact, device):
     tensors = inputs.ssd(seq_idx=True, dtype=exact, device=device)
@@ -69,8 +120,9 @@ def test_dt_limit_clamps_after_softplus_and_stops_the_gradient(exact, device):
     dt = torch.nn.functional.softplus(tensors["dt"] + tensors["dt_bias"])
     clamped = (dt < 0.3) | (dt > 1.1)
     assert 0 < clamped.sum() < clamped.numel()
-    assert (result["ddt"][clamped] == 0).all()
-    assert (result["ddt"][~clamped] != 0).all()
+    if "ddt" in result:
+        assert (result["ddt"][clamped] == 0).all()
+        assert (result["ddt"][~clamped] != 0).all()
 
 
 def test_strided_inputs_and_gradients(exact, device):
@@ -100,6 +152,54 @@ def test_expanded_inputs_and_gradients(exact, device):
     assert_close("dx", leaves["x"].grad, expected["x"].grad, TOLERANCES[exact][1])
 
 
+def shifted(tensor, elements):
+    """The same values, so many elements past where memory was allocated."""
+    return tensor.new_empty(tensor.numel() + elements)[elements:].view(tensor.shape).copy_(tensor)
+
+
+def between_others(tensor, elements):
+    """The same values, a part of rows that are so many elements longer at either end."""
+    *shape, dim = tensor.shape
+    return tensor.new_empty(*shape, elements + dim + elements)[..., elements:][..., :dim].copy_(tensor)
+
+
+def expanded(tensor):
+    """Other values: the first element's along the first and the last but one dimension (of heads, of groups)."""
+    return tensor[:1].narrow(-2, 0, 1).expand_as(tensor) if tensor.dim() > 1 else tensor[:1].expand_as(tensor)
+
+
+#: CUDA copies rows in packs as large as their alignment allows.
+VIEWS = {
+    "1 element off": partial(shifted, elements=1),
+    "4 elements off": partial(shifted, elements=4),
+    "between 3 others": partial(between_others, elements=3),
+    "between 8 others": partial(between_others, elements=8),
+    "expanded": expanded,
+    **{layout: partial(inputs.laid_out, layout=layout) for layout in inputs.LAYOUTS if layout != "contiguous"},
+}
+
+
+@SIZES
+@pytest.mark.parametrize("view", VIEWS)
+def test_views_in_bfloat16(view, headdim, dstate, device):
+    shape = {"seqlen": 70, "headdim": headdim, "dstate": dstate}
+    tensors = inputs.ssd(**shape, D="elements", seq_idx=True, dtype=torch.bfloat16, device=device)
+    for changed in (("x",), ("B",), ("C",), ("z",), tuple(tensors)):
+        views = {n: VIEWS[view](t) if n in changed and n != "seq_idx" else t for n, t in tensors.items()}
+        compare_ssd(views)
+
+
+@HALF
+@pytest.mark.parametrize("elements", [1, 4])
+def test_alignment_changes_nothing_but_roundings(elements, dtype, device):
+    """On CUDA these are two kernels."""
+    tensors = inputs.ssd(seqlen=200, headdim=64, dstate=128, seq_idx=True, dtype=dtype, device=device)
+    aligned = compare_ssd(tensors)
+    unaligned = compare_ssd(tensors | {name: shifted(tensors[name], elements) for name in ("x", "B", "C", "z")})
+    for name, value in aligned.items():
+        assert_close(name, unaligned[name], value, tolerance(dtype, 0.0, gradient=name.startswith("d")))
+
+
 @pytest.mark.parametrize("use", ["out", "final_states"])
 def test_gradient_through_one_output_alone(use, exact, device):
     tensors = inputs.ssd(seq_idx=True, dtype=exact, device=device)
@@ -120,9 +220,10 @@ def test_gradient_through_one_output_alone(use, exact, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("decay", [30.0, 1e4])
-def test_strong_decay_is_finite_and_accurate(dtype, decay, device):
-    tensors = inputs.ssd(seqlen=200, dtype=dtype, parameters=torch.float32, decay=decay, device=device)
-    compare_ssd(tensors)
+@SIZES
+def test_strong_decay_is_finite_and_accurate(dtype, decay, headdim, dstate, device):
+    shape = {"seqlen": 200, "headdim": headdim, "dstate": dstate}
+    compare_ssd(inputs.ssd(**shape, dtype=dtype, parameters=torch.float32, decay=decay, device=device))
 
 
 def test_strong_decay_mixed_with_weak_tokens(device):
@@ -145,8 +246,9 @@ def test_a_nan_in_dt_is_not_clamped_away(device):
     assert out[0, 40:, 0].isnan().all()
 
 
-def test_documents_do_not_leak(exact, device):
-    tensors = inputs.ssd(batch=1, seqlen=160, dtype=exact, device=device)
+@KERNELS
+def test_documents_do_not_leak(dtype, headdim, dstate, exact, device):
+    tensors = inputs.ssd(batch=1, seqlen=160, headdim=headdim, dstate=dstate, dtype=dtype or exact, device=device)
     bounds = [0, 30, 64, 101, 160]
     seq_idx = torch.zeros(1, 160, dtype=torch.int32, device=device)
     for document, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
@@ -158,18 +260,21 @@ def test_documents_do_not_leak(exact, device):
         for name in ("x", "dt", "B", "C", "z"):
             changed[name][:, begin:end] += 1.0
         after = run(oxiscan.mamba_chunk_scan_combined, changed, OPTIONS)
-        for name in ("out0", "dx", "ddt", "dB", "dC", "dz"):
+        for name in BY_TOKEN & before.keys():
             same = torch.ones(160, dtype=torch.bool)
             same[begin:end] = False
             assert torch.equal(before[name][:, same], after[name][:, same]), name
             assert not torch.equal(before[name][:, ~same], after[name][:, ~same]), name
         assert torch.equal(before["out1"], after["out1"]) == (end != 160)
-        assert torch.equal(before["dinitial_states"], after["dinitial_states"]) == (begin != 0)
+        if "dinitial_states" in before:
+            assert torch.equal(before["dinitial_states"], after["dinitial_states"]) == (begin != 0)
 
 
 @pytest.mark.parametrize("name", ["x", "dt", "B", "C", "z"])
-def test_a_nan_stays_in_its_document(name, device):
-    tensors = inputs.ssd(batch=1, seqlen=160, dtype=torch.float32, device=device)
+@KERNELS
+def test_a_nan_stays_in_its_document(name, dtype, headdim, dstate, device):
+    shape = {"batch": 1, "seqlen": 160, "headdim": headdim, "dstate": dstate}
+    tensors = inputs.ssd(**shape, dtype=dtype or torch.float32, device=device)
     seq_idx = torch.zeros(1, 160, dtype=torch.int32, device=device)
     seq_idx[:, 30:100] = 1
     tensors["seq_idx"] = seq_idx
@@ -178,10 +283,10 @@ def test_a_nan_stays_in_its_document(name, device):
     changed[name][:, 70] = float("nan")
     after = run(oxiscan.mamba_chunk_scan_combined, changed, OPTIONS)
     assert after["out0"][:, 70].isnan().any()
-    for result in ("out0", "dx", "ddt", "dB", "dC", "dz"):
+    for result in BY_TOKEN & before.keys():
         for part in (slice(0, 30), slice(100, 160)):
             assert torch.equal(before[result][:, part], after[result][:, part]), result
-    for result in ("out1", "dinitial_states"):
+    for result in {"out1", "dinitial_states"} & before.keys():
         assert torch.equal(before[result], after[result]), result
 
 
@@ -197,8 +302,10 @@ def test_softplus_above_its_linear_bound(exact, device):
     compare_ssd(tensors)
 
 
-def test_packed_documents_equal_documents_alone(exact, device):
-    tensors = inputs.ssd(batch=1, seqlen=150, optional=False, dtype=exact, device=device)
+@KERNELS
+def test_packed_documents_equal_documents_alone(dtype, headdim, dstate, exact, device):
+    shape = {"batch": 1, "seqlen": 150, "headdim": headdim, "dstate": dstate}
+    tensors = inputs.ssd(**shape, optional=False, dtype=dtype or exact, device=device)
     bounds = [0, 1, 70, 150]
     seq_idx = torch.zeros(1, 150, dtype=torch.int32, device=device)
     parts = []
@@ -207,14 +314,18 @@ def test_packed_documents_equal_documents_alone(exact, device):
         part = {k: t if k == "A" else t[:, begin:end] for k, t in tensors.items()}
         parts.append(oxiscan.mamba_chunk_scan_combined(**part, **OPTIONS))
     out, final_states = oxiscan.mamba_chunk_scan_combined(**tensors, seq_idx=seq_idx, **OPTIONS)
-    assert_close("out", out, torch.cat([part[0] for part in parts], dim=1), tolerance(exact, 1e-12))
-    assert_close("final_states", final_states, parts[-1][1], tolerance(exact, 1e-12))
+    alone = torch.cat([part[0] for part in parts], dim=1)
+    assert torch.equal(out, alone) and torch.equal(final_states, parts[-1][1])
 
 
 @pytest.mark.parametrize("cut", [1, 50, 64, 149])
-def test_two_calls_with_a_carried_state_equal_one(cut, exact, device):
-    tensors = inputs.ssd(seqlen=150, dtype=exact, device=device)
+@KERNELS
+def test_two_calls_with_a_carried_state_equal_one(cut, dtype, headdim, dstate, exact, device):
+    dtype = dtype or exact
+    shape = {"seqlen": 150, "headdim": headdim, "dstate": dstate}
+    tensors = inputs.ssd(**shape, dtype=dtype, parameters=torch.promote_types(dtype, torch.float32), device=device)
 
+    @wraps(oxiscan.mamba_chunk_scan_combined)  # `run` leaves out the gradients that this op has not
     def two_calls(x, dt, A, B, C, D, z, dt_bias, initial_states, **options):
         first = oxiscan.mamba_chunk_scan_combined(
             x[:, :cut], dt[:, :cut], A, B[:, :cut], C[:, :cut], D=D, z=z[:, :cut], dt_bias=dt_bias,
@@ -229,12 +340,98 @@ def test_two_calls_with_a_carried_state_equal_one(cut, exact, device):
     once = run(oxiscan.mamba_chunk_scan_combined, tensors, OPTIONS)
     twice = run(two_calls, tensors, OPTIONS)
     for name, value in once.items():
-        assert_close(name, twice[name], value, tolerance(exact, 1e-11, gradient=name.startswith("d")))
+        assert_close(name, twice[name], value, tolerance(dtype, 1e-11, gradient=name.startswith("d")))
+
+
+#: CUDA walks so many tokens in four segments, which begin at a multiple of 64 above a quarter of them.
+LONG, SEGMENT = 65536 + 100, 16448
+#: Where documents of a long sequence begin.
+STARTS = pytest.mark.parametrize(
+    "starts",
+    [(), (5000, SEGMENT, SEGMENT + 1, 2 * SEGMENT - 1, 3 * SEGMENT), (10, 60000), (SEGMENT + 1, 3 * SEGMENT - 64)],
+)
+
+
+def long_sequence(*, starts=(), batch=1, device, **shape):
+    """Weakly decaying states, seq_idx where documents start."""
+    sizes = {"batch": batch, "seqlen": LONG, "nheads": 2, "ngroups": 1, "decay": 1e-3, **shape}
+    tensors = inputs.ssd(**sizes, dtype=torch.bfloat16, parameters=torch.float32, device=device)
+    if starts:
+        bounds = torch.tensor(starts, device=device)
+        ids = torch.searchsorted(bounds, torch.arange(LONG, device=device), right=True, out_int32=True)
+        tensors["seq_idx"] = ids.expand(batch, LONG)
+    return tensors
+
+
+def in_pieces(tensors, initial_states, begin, end):
+    """The scan of tokens from `begin` to `end` in calls too short for segments, each from the last one's state."""
+    outputs, states = [], initial_states
+    for first in range(begin, end, 8192):
+        tokens = slice(first, min(first + 8192, end))
+        part = {n: t if n in ("A", "D", "dt_bias") else t[:, tokens] for n, t in tensors.items()}
+        out, states = oxiscan.mamba_chunk_scan_combined(**part, initial_states=states, **OPTIONS)
+        outputs.append(out)
+    return torch.cat(outputs, dim=1), states
+
+
+@SIZES
+@STARTS
+def test_long_sequences(headdim, dstate, starts, device):
+    tensors = long_sequence(starts=starts, batch=2, headdim=headdim, dstate=dstate, device=device)
+    out, final_states = oxiscan.mamba_chunk_scan_combined(**tensors, **OPTIONS)
+    tensors.pop("seq_idx", None)
+    states = tensors.pop("initial_states")
+    for begin, end in itertools.pairwise((0, *starts, LONG)):
+        expected, states = in_pieces(tensors, states if begin == 0 else None, begin, end)
+        assert_close(f"out from {begin}", out[:, begin:end], expected, TOLERANCES[torch.bfloat16][0])
+    assert_close("final_states", final_states, states, TOLERANCES[torch.bfloat16][0])
+
+
+@SIZES
+@STARTS
+def test_long_sequences_with_cu_seqlens(headdim, dstate, starts, device):
+    tensors = long_sequence(headdim=headdim, dstate=dstate, device=device)
+    bounds = (0, 0, *starts, 3 * SEGMENT + 1, 3 * SEGMENT + 1, LONG - 70)  # two of no tokens, and tokens past the last
+    each = inputs.ssd(batch=len(bounds) - 1, seqlen=1, nheads=2, headdim=headdim, dstate=dstate,
+                      dtype=torch.float32, device=device)["initial_states"]  # fmt: skip
+    packing = {"cu_seqlens": torch.tensor(sorted(bounds), device=device), "initial_states": each}
+    out, varlen_states = oxiscan.mamba_chunk_scan_combined(
+        **tensors | packing, **OPTIONS | {"return_final_states": False},
+        return_varlen_states=True, state_dtype=torch.float32,
+    )  # fmt: skip
+    del tensors["initial_states"]
+    for document, (begin, end) in enumerate(itertools.pairwise((*sorted(bounds), LONG))):
+        if begin == end:
+            assert torch.equal(varlen_states[document], each[document])
+            continue
+        initial = each[document : document + 1] if document < len(each) else None
+        expected, states = in_pieces(tensors, initial, begin, end)
+        assert_close(f"out from {begin}", out[:, begin:end], expected, TOLERANCES[torch.bfloat16][0])
+        if document < len(each):
+            assert_close(f"state {document}", varlen_states[document], states[0], TOLERANCES[torch.bfloat16][0])
+
+
+@SIZES
+@pytest.mark.parametrize("name", ["x", "dt", "B"])
+def test_a_nan_in_a_long_sequence_stays_in_its_document(name, headdim, dstate, device):
+    bounds = (0, 5000, SEGMENT, 2 * SEGMENT + 7, LONG)
+    tensors = long_sequence(starts=bounds[1:-1], headdim=headdim, dstate=dstate, device=device)
+    before = oxiscan.mamba_chunk_scan_combined(**tensors, **OPTIONS)
+    for begin, end in itertools.pairwise(bounds):
+        changed = tensors | {name: tensors[name].clone()}
+        changed[name][:, begin + 100] = float("nan")
+        after = oxiscan.mamba_chunk_scan_combined(**changed, **OPTIONS)
+        assert after[0][:, end - 1].isnan().all()
+        for part in (slice(0, begin), slice(end, LONG)):
+            assert torch.equal(before[0][:, part], after[0][:, part])
+        assert end == LONG or torch.equal(before[1], after[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bits_do_not_depend_on_run_batch_chunk_size_or_threads(dtype, device):
-    tensors = inputs.ssd(batch=3, seqlen=150, seq_idx=True, dtype=dtype, device=device)
+@SIZES
+def test_bits_do_not_depend_on_run_batch_chunk_size_or_threads(dtype, headdim, dstate, device):
+    shape = {"batch": 3, "seqlen": 150, "headdim": headdim, "dstate": dstate}
+    tensors = inputs.ssd(**shape, seq_idx=True, dtype=dtype, device=device)
     first = run(oxiscan.mamba_chunk_scan_combined, tensors, OPTIONS)
     threads = torch.get_num_threads()
     try:

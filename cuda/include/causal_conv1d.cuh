@@ -15,7 +15,7 @@
 // bits.
 //
 // Unless PLAIN, a block first finds where runs begin among its tokens, a bit for each in shared memory, and which ids are
-// negative. Nothing is trusted of cu_seqlens but the number of its elements: values are only compared with positions.
+// negative.
 #pragma once
 
 // LAYOUT, macros, so that each instance compiles its own walk alone; FORM.
@@ -27,6 +27,7 @@
 
 #include "async_copy.cuh"
 #include "dependent_launch.cuh"
+#include "documents.cuh"
 #include "dtype.cuh"
 #include "math.cuh"
 #include "params.h"
@@ -126,42 +127,6 @@ struct Filter {
 __device__ __forceinline__ float silu_grad(float x) {
   const float sig = sigmoid(x);
   return sig * fmaf(x, 1.0f - sig, 1.0f);
-}
-
-// Where document i begins, i up to ndocs.
-__device__ __forceinline__ long long document_bound(const OxiConv &p, int i) {
-  if (p.cu_seqlens == nullptr) return i == 0 ? 0 : p.seqlen;
-  return load_integer(p.cu_seqlens, i * p.cu_seqlens_step, p.cu_seqlens_are_64_bit);
-}
-
-// The first document that ends at or after a position; ndocs if none does.
-__device__ __forceinline__ int first_to_end(const OxiConv &p, long long position) {
-  int low = 0, high = p.ndocs;
-  while (low < high) {
-    const int middle = low + (high - low) / 2;
-    if (document_bound(p, middle + 1) >= position) {
-      high = middle;
-    } else {
-      low = middle + 1;
-    }
-  }
-  return low;
-}
-
-// The document whose first token this is; -1 if there is none.
-__device__ __forceinline__ int document_from(const OxiConv &p, int t) {
-  const int document = first_to_end(p, t + 1ll);
-  return document < p.ndocs && document_bound(p, document) == t ? document : -1;
-}
-
-// Rows of states that go with a document of sequence b: in final states, and in initial ones, -1 for none.
-__device__ __forceinline__ long long final_row(const OxiConv &p, long long b, int document) {
-  return p.cu_seqlens == nullptr ? b : document;
-}
-__device__ __forceinline__ long long initial_row(const OxiConv &p, long long b, int document) {
-  if (document < 0) return -1;
-  if (p.cu_seqlens == nullptr) return b;
-  return p.state_a_document || document == 0 ? document : -1;
 }
 
 __device__ __forceinline__ long long state_offset(const OxiTensor3 &states, long long row, int channel, int column) {

@@ -257,3 +257,134 @@ struct OxiVarlenStates {
   struct OxiTensor2 x;      /* total_tokens, dim */
   struct OxiTensor3 states; /* ndocs, dim, state_len */
 };
+
+enum {
+  /* Tokens of a tile of the chunk scan's matrix kernels, at most. */
+  OXI_SSD_TILE = 64,
+  /* Blocks that first share what a segment adds to a state: the short first launch then fills a GPU better. */
+  OXI_SSD_SEGMENT_PARTS = 4,
+};
+
+/* The chunk scan, forward. D (nheads, headdim), expanded where it has one value a head. D, z, states, dt_bias, seq_idx,
+ * cu_seqlens: data null where not given.
+ *
+ * The segments of a long sequence are walked at the same time. segment_states: what each part of each but the last adds to
+ * the state, by batch, part, head and slice, as the kernel's threads have it; segment_decays: the factor by which the state
+ * before it decays, 0 where another run begins. */
+struct OxiSsd {
+  int seqlen;
+  int nheads;
+  int heads_per_group;
+  int headdim;
+  int dstate;
+  /* Of cu_seqlens; without it 1. */
+  int ndocs;
+  int segments;
+  int segment_tokens;
+  /* Blocks that share a head, how much of headdim each has, and how far apart those parts begin. */
+  int slices;
+  int slice;
+  int slice_step;
+  /* Compute segment_states and segment_decays alone, a block a part. */
+  int states_only;
+  int dt_softplus;
+  float dt_min;
+  float dt_max;
+  /* Whether these are fp32, otherwise of x's dtype. */
+  int wide_dt;
+  int wide_D;
+  int wide_initial_states;
+  int varlen_dtype;
+  /* With cu_seqlens: initial states are each document's, otherwise the first one's. */
+  int state_a_document;
+  int cu_seqlens_are_64_bit;
+  /* Elements that move at once where x, B and C are copied to shared memory, and how many tiles it holds. */
+  int width;
+  int stages;
+  struct OxiTensor4 x;              /* batch, seqlen, nheads, headdim */
+  struct OxiTensor3 dt;             /* batch, seqlen, nheads */
+  struct OxiVector A;
+  struct OxiVector dt_bias;
+  struct OxiTensor4 B;              /* batch, seqlen, ngroups, dstate */
+  struct OxiTensor4 C;              /* batch, seqlen, ngroups, dstate */
+  struct OxiTensor2 D;              /* nheads, headdim */
+  struct OxiTensor4 z;              /* batch, seqlen, nheads, headdim */
+  struct OxiTensor4 out;            /* batch, seqlen, nheads, headdim */
+  struct OxiTensor4 initial_states; /* rows, nheads, headdim, dstate */
+  struct OxiTensor4 final_states;   /* batch, nheads, headdim, dstate */
+  struct OxiTensor4 varlen_states;  /* ndocs, nheads, headdim, dstate */
+  float *segment_states;
+  float *segment_decays;
+  const int *seq_idx;
+  long long seq_idx_stride[2];
+  const void *cu_seqlens;
+  long long cu_seqlens_step;
+};
+
+/* A tensor as bulk copies know it, made by the driver. */
+struct __attribute__((aligned(64))) OxiTensorMap {
+  unsigned long long word[16];
+};
+
+/* x, B and C by boxes of 64 tokens and 64 elements, out by boxes of 16 tokens; of any dtype of 16 bits. */
+struct OxiSsdMapped {
+  struct OxiTensorMap x;
+  struct OxiTensorMap B;
+  struct OxiTensorMap C;
+  struct OxiTensorMap out;
+  struct OxiSsd ssd;
+};
+
+/* dense: rows along dstate move in packs, and take whole ones, in all tensors of states. */
+struct OxiChunkStates {
+  int nchunks;
+  int nheads;
+  int headdim;
+  int dstate;
+  /* Warps and blocks that share a head. */
+  int warps_of_head;
+  unsigned blocks_of_head;
+  int dense;
+  int reserved;
+};
+
+/* States of chunks (batch, nchunks, nheads, headdim, dstate), of a sequence (batch, nheads, headdim, dstate); decay (batch,
+ * nchunks, nheads) of fp32. initial_states: data null where not given. */
+struct OxiStatePassing {
+  struct OxiChunkStates sizes;
+  struct OxiTensor5 states;
+  struct OxiTensor5 states_before;
+  struct OxiTensor3 decay;
+  struct OxiTensor4 initial_states;
+  struct OxiTensor4 final_states;
+  /* Whether they are fp32, otherwise of states' dtype. */
+  int wide_initial_states;
+  int reserved;
+};
+
+/* partials: (warps_of_head, columns), what each warp adds to ddecay (batch, nheads, nchunks). wide_initial_states: data null
+ * unless they are fp32 and states narrower. dstates_before, dfinal_states, dinitial_states: data null where there is none. */
+struct OxiStatePassingBackward {
+  struct OxiChunkStates sizes;
+  struct OxiTensor5 states_before;
+  struct OxiTensor5 dstates_before;
+  struct OxiTensor5 dstates;
+  struct OxiTensor3 decay;
+  struct OxiTensor4 wide_initial_states;
+  struct OxiTensor4 dfinal_states;
+  struct OxiTensor4 dinitial_states;
+  float *partials;
+  long long columns;
+  int wide_dinitial_states;
+  int reserved;
+};
+
+struct OxiStatePassingDecay {
+  const float *partials;
+  long long columns;
+  struct OxiTensor3 ddecay; /* batch, nchunks, nheads */
+  int warps_of_head;
+  int nchunks;
+  int nheads;
+  int reserved;
+};

@@ -68,7 +68,9 @@ class _BuildInfo(TypedDict):
     simd: str
     profile: str
     cuda_ops: list[str]
+    cuda_forward_only: list[str]
     cuda_archs: list[str]
+    cuda_chunk_scan: tuple[list[int], list[int], int]
 
 class _CudaKernel(TypedDict):
     symbol: str
@@ -163,6 +165,7 @@ def ssd_forward(
     out: Tensor,
     final_states: Tensor | None,
     varlen_states: Tensor | None,
+    segments: Tensor | None,
 ) -> None: ...
 def ssd_backward(
     tensors: _SsdTensors,
@@ -207,4 +210,5 @@ def state_passing_backward(
     dstates: Tensor,
     ddecay: Tensor,
     dinitial_states: Tensor | None,
+    partials: Tensor | None,
 ) -> None: ...

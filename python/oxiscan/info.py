@@ -44,9 +44,23 @@ def _gpus() -> list[dict[str, Any]]:
                 "memory_gib": round(properties.total_memory / 2**30, 1),
                 "arch": kernels[0]["arch"] if kernels else None,
                 "kernels": len(kernels),
+                "chunk_scan": _chunk_scan(kernels[0]["arch"]) if kernels else {},
             }
         )
     return gpus
+
+
+def _chunk_scan(arch: str) -> dict[str, str]:
+    """By what arguments of mamba_chunk_scan_combined, the kernels that run them on a GPU with these kernels."""
+    headdims, dstates, largest = build_info()["cuda_chunk_scan"]
+    sizes = f"headdim {', '.join(map(str, headdims))} x dstate {', '.join(map(str, dstates))}"
+    if arch == "sm_90a":
+        fast = {f"bf16, fp16, {sizes}, rows aligned to 16 bytes": "wgmma"}
+        rest = f"bf16, fp16, any other sizes up to {largest}, any strides"
+    else:
+        fast = {}
+        rest = f"bf16, fp16, sizes up to {largest}, any strides; fastest at {sizes}, rows aligned to 16 bytes"
+    return fast | {rest: "mma.sync", f"float32, sizes up to {largest}": "recurrence on CUDA cores"}
 
 
 def collect() -> dict[str, Any]:
@@ -64,6 +78,7 @@ def collect() -> dict[str, Any]:
         "torch": torch.__version__,
         "megatron_core": _version("megatron-core"),
         "cuda_ops": build["cuda_ops"],
+        "cuda_forward_only": build["cuda_forward_only"],
         "cuda_archs": build["cuda_archs"],
         "cuda_driver": None if driver is None else ".".join(map(str, driver)),
         "gpus": _gpus(),
@@ -79,13 +94,15 @@ def _text(value: Any) -> str:
 def _print_report(info: dict[str, Any]) -> None:
     gpus = info.pop("gpus")
     for name, value in info.items():
-        print(f"{name.replace('_', ' '):16}{_text(value)}")
+        print(f"{name.replace('_', ' '):20}{_text(value)}")
     for gpu in gpus:
         runs = f"{gpu['kernels']} kernels for {gpu['arch']}" if gpu["arch"] else "no kernels for it in this build"
         capability = gpu["compute_capability"]
-        print(f"{'gpu':16}{gpu['name']}, compute capability {capability}, {gpu['memory_gib']} GiB; {runs}")
+        print(f"{'gpu':20}{gpu['name']}, compute capability {capability}, {gpu['memory_gib']} GiB; {runs}")
+        for arguments, kernel in gpu["chunk_scan"].items():
+            print(f"{'  chunk scan':20}{kernel}: {arguments}")
     if not gpus:
-        print(f"{'gpu':16}none")
+        print(f"{'gpu':20}none")
 
 
 def _print_kernels(info: dict[str, Any]) -> None:

@@ -7,15 +7,8 @@ use rayon::prelude::*;
 
 use crate::cpu::real::Real;
 use crate::dims::StatePassingDims;
+use crate::ops::state_passing::Gradients;
 use crate::tensor::View;
-
-pub struct Gradients {
-    pub dstates_before: Option<View<5>>,
-    pub dfinal_states: Option<View<4>>,
-    pub dstates: View<5>,
-    pub ddecay: View<3>,
-    pub dinitial_states: Option<View<4>>,
-}
 
 /// Run `task(b, h)` for every head, in parallel.
 fn for_each_head(dims: &StatePassingDims, task: impl Fn(usize, usize) + Sync) {

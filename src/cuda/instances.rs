@@ -15,6 +15,8 @@ pub struct Kernel {
     /// The file's name without .cu, and the first part of its instances' names.
     pub name: &'static str,
     pub axes: &'static [Axis],
+    /// The only architecture that has its instructions; None: any.
+    pub only: Option<&'static str>,
     /// Its first instance among all.
     first: usize,
 }
@@ -81,7 +83,22 @@ const FORM: Axis = Axis { define: "FORM", values: &["PLAIN", "PACKED", "ANY"] };
 /// under way; 0: any call.
 const SEQUENCES: Axis = Axis { define: "SEQUENCES", values: &["0", "1", "2"] };
 
-pub const KERNELS: [Kernel; 9] = number([
+/// The dtypes that tensor cores multiply with fp32 sums.
+const NARROW_ELEMENT: Axis = Axis { define: "ELEMENT", values: &["bf16", "f16"] };
+
+/// Others go through no tensor core.
+const WIDE_ELEMENT: Axis = Axis { define: "ELEMENT", values: &["f32"] };
+
+/// A block's part of a headdim of 80, 96; of 64, 128: with dstate numbers of registers and of instructions.
+const HEADDIM: Axis = Axis { define: "HEADDIM", values: &["48", "64"] };
+
+/// The sizes of a state that models have. Others go with the next larger one.
+const DSTATE: Axis = Axis { define: "DSTATE", values: &["64", "128", "256"] };
+
+/// Elements of a row of the state that a thread has in registers, an eighth of it.
+const HELD: Axis = Axis { define: "HELD", values: &["4", "8", "16", "32"] };
+
+pub const KERNELS: [Kernel; 15] = number([
     kernel("causal_conv1d_fwd", &[ELEMENT, LAYOUT, FORM]),
     kernel("causal_conv1d_bwd", &[ELEMENT, LAYOUT, FORM]),
     kernel("causal_conv1d_bwd_parameters", &[]),
@@ -91,10 +108,20 @@ pub const KERNELS: [Kernel; 9] = number([
     kernel("rmsnorm_gated_bwd", &[ELEMENT, VECTORS_BWD, GATE]),
     kernel("rmsnorm_gated_bwd_parameters", &[]),
     kernel("selective_state_update", &[ELEMENT, STATE, ROWS]),
+    kernel("ssd_fwd_mma", &[NARROW_ELEMENT, DSTATE]),
+    kernel("ssd_fwd_recurrence", &[WIDE_ELEMENT, HELD]),
+    kernel_for("sm_90a", "ssd_fwd_wgmma", &[NARROW_ELEMENT, HEADDIM, DSTATE]),
+    kernel("state_passing_fwd", &[ELEMENT]),
+    kernel("state_passing_bwd", &[ELEMENT]),
+    kernel("state_passing_bwd_decay", &[]),
 ]);
 
 const fn kernel(name: &'static str, axes: &'static [Axis]) -> Kernel {
-    Kernel { name, axes, first: 0 }
+    Kernel { name, axes, only: None, first: 0 }
+}
+
+const fn kernel_for(arch: &'static str, name: &'static str, axes: &'static [Axis]) -> Kernel {
+    Kernel { name, axes, only: Some(arch), first: 0 }
 }
 
 const fn number<const N: usize>(mut kernels: [Kernel; N]) -> [Kernel; N] {
@@ -137,6 +164,7 @@ pub struct Instance {
     /// Its symbol, the same in every architecture's cubin: `rmsnorm_gated_fwd__bf16__4`.
     pub symbol: String,
     pub kernel: &'static str,
+    pub only: Option<&'static str>,
     pub defines: Vec<(&'static str, &'static str)>,
 }
 
@@ -148,6 +176,7 @@ pub fn instances() -> Vec<Instance> {
             Instance {
                 symbol: [vec![kernel.name], values.clone()].concat().join("__"),
                 kernel: kernel.name,
+                only: kernel.only,
                 defines: kernel.axes.iter().map(|axis| axis.define).zip(values).collect(),
             }
         })

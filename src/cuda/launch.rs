@@ -8,8 +8,9 @@ use std::sync::{Mutex, PoisonError};
 use cudarc::driver::sys;
 
 use super::module::{CudaDevice, check};
-use super::params::Params;
+use super::params::{OxiTensorMap, Params, VECTOR};
 use crate::error::{Error, Result};
+use crate::tensor::View;
 
 /// The largest grid, along each of its dimensions.
 const MAX_BLOCKS: [usize; 3] = [0x7fff_ffff, 0xffff, 0xffff];
@@ -103,6 +104,50 @@ impl Stream {
             };
             check(code, P::KERNEL.name)
         })
+    }
+
+    /// The most shared memory of a block of the instance that `launch` would launch.
+    pub fn shared_bytes<P: Params>(&self, choices: &[usize]) -> usize {
+        self.device.shared_bytes_left(P::KERNEL.instance(choices))
+    }
+
+    /// What bulk copies have to know of a tensor whose elements have 16 bits: boxes of `rows` along its second dimension and
+    /// of 128 bytes along its last one, which lie in shared memory with their 16-byte chunks permuted; zeros outside of it.
+    ///
+    /// The last dimension is dense, and what `can_be_mapped` says holds.
+    pub fn tensor_map(&self, view: &View<4>, rows: usize) -> Result<OxiTensorMap> {
+        const BOX_BYTES: usize = 128;
+        let [batch, seqlen, heads, dim] = view.shape.map(|size| size.max(1) as u64);
+        let bytes = |axis: usize| match view.shape[axis] {
+            0 | 1 => VECTOR as u64,
+            _ => view.strides()[axis] as u64 * view.dtype.size() as u64,
+        };
+        let sizes = [dim, heads, seqlen, batch];
+        let strides = [bytes(2), bytes(1), bytes(0)];
+        let sizes_of_box = [(BOX_BYTES / view.dtype.size()) as u32, 1, rows as u32, 1];
+        let mut map = OxiTensorMap::default();
+        self.device.enter(|| {
+            // SAFETY: the map is as large and aligned as the driver's, and it points to the sizes and strides of 4 dimensions
+            // for the time of the call.
+            let code = unsafe {
+                sys::cuTensorMapEncodeTiled(
+                    std::ptr::from_mut(&mut map).cast(),
+                    sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT16,
+                    4,
+                    view.data().cast::<c_void>(),
+                    sizes.as_ptr(),
+                    strides.as_ptr(),
+                    sizes_of_box.as_ptr(),
+                    [1; 4].as_ptr(),
+                    sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                    sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                    sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                    sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+                )
+            };
+            check(code, "describing a tensor")
+        })?;
+        Ok(map)
     }
 
     /// How many such blocks the device holds at once, of the instance that `launch` would launch: 0 if one takes more

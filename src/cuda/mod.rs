@@ -10,12 +10,19 @@ mod params;
 pub mod rmsnorm_gated;
 mod rows;
 pub mod selective_state_update;
+pub mod ssd;
+pub mod state_passing;
 
 /// The ops that have CUDA kernels, by the names of `oxiscan`'s functions.
-pub const OPS: [&str; 5] = [
+pub const OPS: [&str; 7] = [
     "causal_conv1d_fn",
     "causal_conv1d_update",
     "causal_conv1d_varlen_states",
+    "mamba_chunk_scan_combined",
     "rmsnorm_gated",
     "selective_state_update",
+    "state_passing",
 ];
+
+/// Those of them that have none for their gradients yet.
+pub const FORWARD_ONLY: [&str; 1] = ["mamba_chunk_scan_combined"];

@@ -50,8 +50,37 @@ impl Params for OxiNormParameters {
     const KERNEL: &'static Kernel = &KERNELS[named("rmsnorm_gated_bwd_parameters")];
 }
 
+/// The params of another kernel than OxiSsd's.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub struct SsdRecurrence(pub OxiSsd);
+
+impl Params for OxiSsd {
+    const KERNEL: &'static Kernel = &KERNELS[named("ssd_fwd_mma")];
+}
+
+impl Params for SsdRecurrence {
+    const KERNEL: &'static Kernel = &KERNELS[named("ssd_fwd_recurrence")];
+}
+
+impl Params for OxiSsdMapped {
+    const KERNEL: &'static Kernel = &KERNELS[named("ssd_fwd_wgmma")];
+}
+
 impl Params for OxiStateUpdate {
     const KERNEL: &'static Kernel = &KERNELS[named("selective_state_update")];
+}
+
+impl Params for OxiStatePassing {
+    const KERNEL: &'static Kernel = &KERNELS[named("state_passing_fwd")];
+}
+
+impl Params for OxiStatePassingBackward {
+    const KERNEL: &'static Kernel = &KERNELS[named("state_passing_bwd")];
+}
+
+impl Params for OxiStatePassingDecay {
+    const KERNEL: &'static Kernel = &KERNELS[named("state_passing_bwd_decay")];
 }
 
 /// Bytes that a thread moves at once.
@@ -70,6 +99,16 @@ pub fn is_dense_along<const N: usize>(view: &View<N>, axis: usize, width: usize)
         other == axis || size <= 1 || stride * view.dtype.size() as isize % bytes == 0
     };
     view.strides()[axis] == 1 && view.data() as isize % bytes == 0 && (0..N).all(starts_aligned)
+}
+
+/// Whether bulk copies can know of a dense tensor: no dimension is expanded, none too large.
+pub fn can_be_mapped(view: &View<4>) -> bool {
+    const MOST_BYTES: isize = 1 << 40;
+    let fits = |axis: usize| {
+        let bytes = view.strides()[axis] * view.dtype.size() as isize;
+        view.shape[axis] <= 1 || (bytes > 0 && bytes < MOST_BYTES)
+    };
+    (0..3).all(fits) && view.shape.iter().all(|&size| u32::try_from(size).is_ok())
 }
 
 /// A dtype's number in params.h, and its place among the values of an axis of dtypes.

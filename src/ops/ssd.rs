@@ -3,11 +3,13 @@
 use pyo3::prelude::*;
 
 use crate::cpu;
+#[cfg(feature = "cuda")]
+use crate::cuda;
 use crate::dims::{Checker, SsdDims, document_rows, initial_rows, optional};
 use crate::error::{Error, Result};
 use crate::ops::with_accumulator;
 use crate::tensor::{TensorArg, View};
-use crate::torch::run_on_cpu;
+use crate::torch::{Backend, run, run_on_cpu};
 
 /// x, dt, A, B, C; D, z, dt_bias, initial_states where given.
 type SsdTensors = (
@@ -177,6 +179,10 @@ pub struct SsdGradients {
 }
 
 /// out (batch, seqlen, nheads, headdim) and, where given, final_states and varlen_states are written.
+///
+/// segments: on CUDA the workspace of sequences that are walked in several segments at once, (4 (segments - 1), batch
+/// nheads, elements + 1) float32 and contiguous, `elements` being those of a state with headdim rounded up to a multiple
+/// of 64, dstate to 64, 128 or 256.
 #[pyfunction]
 pub fn ssd_forward(
     py: Python<'_>,
@@ -187,8 +193,9 @@ pub fn ssd_forward(
     out: TensorArg,
     final_states: Option<TensorArg>,
     varlen_states: Option<TensorArg>,
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables))] segments: Option<TensorArg>,
 ) -> PyResult<()> {
-    run_on_cpu(py, "mamba_chunk_scan_combined", "x", &tensors.0, |threads| {
+    run(py, "x", &tensors.0, |backend| {
         let check = Checker::new("x", &tensors.0)?;
         let dims = SsdDims::new(&tensors.0, &tensors.3)?;
         let packing = Packing::by_token(&check, &packing, &dims)?;
@@ -202,10 +209,24 @@ pub fn ssd_forward(
                 check.floating("varlen_states", states, inputs.varlen_states()?)
             })?,
         };
-        cpu::pool::install(
-            threads,
-            || with_accumulator!(check.dtype, T => cpu::ssd::forward::<T>(&inputs, &out, &states)),
-        )?
+        match backend {
+            Backend::Cpu { threads } => cpu::pool::install(
+                threads,
+                || with_accumulator!(check.dtype, T => cpu::ssd::forward::<T>(&inputs, &out, &states)),
+            )?,
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(stream) => {
+                let segments = optional(&segments, |segments| {
+                    let elements = segments.shape().last().copied().unwrap_or(0);
+                    check.workspace(
+                        Some(segments),
+                        inputs.dims.batch * inputs.dims.nheads,
+                        elements,
+                    )
+                })?;
+                cuda::ssd::forward(&stream, check.dtype, &inputs, &out, &states, segments.as_ref())
+            }
+        }
     })
 }
 

@@ -242,6 +242,7 @@ ssd_forward = _register(
     "Tensor(out!) out",
     "Tensor(final_states!)? final_states",
     "Tensor(varlen_states!)? varlen_states",
+    "Tensor(segments!)? segments",
 )
 ssd_backward = _register(
     _C.ssd_backward,
@@ -293,4 +294,5 @@ state_passing_backward = _register(
     "Tensor(dstates!) dstates",
     "Tensor(ddecay!) ddecay",
     "Tensor(dinitial_states!)? dinitial_states",
+    "Tensor(partials!)? partials",
 )

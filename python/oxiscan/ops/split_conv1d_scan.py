@@ -22,7 +22,7 @@ from oxiscan._arguments import (
 )
 
 from . import _kernels
-from ._common import empty_like, once_differentiable, results
+from ._common import empty_like, expect_cpu, once_differentiable, results
 from .causal_conv1d import conv_backward
 from .rmsnorm_gated import norm_backward
 
@@ -113,7 +113,8 @@ class _SplitConv1dScan(torch.autograd.Function):
         x, B, C = split.scan_operands(conv)
         scan_tensors = (x, dt, A, B, C, D, gate, dt_bias, initial_states)
         packing = (seq_idx, cu_seqlens)
-        _kernels.ssd_forward(scan_tensors, packing, True, options.dt_limit, split.heads(y), final_states, varlen_states)
+        states = (final_states, varlen_states)
+        _kernels.ssd_forward(scan_tensors, packing, True, options.dt_limit, split.heads(y), *states, None)
         out = y
         if rmsnorm_weight is not None:
             out = torch.empty_like(y)
@@ -331,6 +332,7 @@ def mamba_split_conv1d_scan_combined(
         return_final_conv_states=return_final_conv_states,
         varlen_dtype=varlen_states_dtype(return_varlen_states, cu_seqlens, state_dtype, zxbcdt.dtype),
     )
+    expect_cpu("mamba_split_conv1d_scan_combined", "zxbcdt", zxbcdt)
     out, *states = _SplitConv1dScan.apply(
         zxbcdt,
         conv1d_weight,

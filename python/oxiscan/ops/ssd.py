@@ -8,10 +8,27 @@ from torch import Tensor
 from oxiscan._arguments import acc_dtype, check_chunks, limits, ndocs, sizes, varlen_states_dtype
 
 from . import _kernels
-from ._common import empty_like, once_differentiable, results
+from ._common import Function, apply, empty_like, expect_no_gradient_on_cuda, once_differentiable, results
+
+_DIFFERENTIABLE = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")
 
 
-class _ChunkScan(torch.autograd.Function):
+def segments_workspace(x: Tensor, dstate: int) -> Tensor | None:
+    """What `ssd_forward` needs to walk a long sequence in segments at once, where it has too few heads to fill a GPU.
+
+    Their number depends on one sequence alone, so that its results do not depend on the batch.
+    """
+    batch, seqlen, nheads, headdim = x.shape
+    segments = min(seqlen // 16384, 128 // max(nheads, 1))
+    if not x.is_cuda or x.dtype == torch.float32 or segments < 2:
+        return None
+    # Sizes that the kernels' are rounded up to; one more element for the decay over a segment.
+    elements = -(-headdim // 64) * 64 * next(size for size in (64, 128, 256) if size >= min(dstate, 256))
+    # A row for each of four parts of each segment but the last one.
+    return x.new_empty(4 * (segments - 1), batch * nheads, elements + 1, dtype=torch.float32)
+
+
+class _ChunkScan(Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -40,7 +57,8 @@ class _ChunkScan(torch.autograd.Function):
         if varlen_dtype is not None:
             varlen_states = x.new_empty(ndocs(cu_seqlens, batch), nheads, headdim, dstate, dtype=varlen_dtype)
         tensors, packing = (x, dt, A, B, C, D, z, dt_bias, initial_states), (seq_idx, cu_seqlens)
-        _kernels.ssd_forward(tensors, packing, dt_softplus, dt_limit, out, final_states, varlen_states)
+        segments = segments_workspace(x, dstate)
+        _kernels.ssd_forward(tensors, packing, dt_softplus, dt_limit, out, final_states, varlen_states, segments)
         ctx.save_for_backward(*tensors, *packing)
         ctx.options = dt_softplus, dt_limit
         ctx.set_materialize_grads(False)
@@ -90,10 +108,14 @@ def mamba_chunk_scan_combined(
     state[t] = exp(dt[t] A) state[t - 1] + dt[t] x[t] B[t]^T;  out[t] = (state[t] C[t] + D x[t]) silu(z[t]).
 
     A value that is not finite stays within its document, where it may also reach up to 63 tokens before it. A document
-    gives the same bits alone and packed with others.
+    gives the same bits alone and packed with others; on CUDA if the sequence is shorter than 32768 tokens.
+
+    On CUDA forward only, headdim and dstate up to 256. In bfloat16 and float16 the fastest kernels run with headdim 64,
+    80, 96 or 128, dstate 64, 128 or 256, and rows of x, B, C and z aligned to 16 bytes, on compute capability 9.0 by
+    wgmma; `python -m oxiscan.info` lists which arguments meet which. float32 goes token by token.
 
     Args:
-        x: (batch, seqlen, nheads, headdim), float32, float64, bfloat16 or float16, any strides.
+        x: (batch, seqlen, nheads, headdim), float32, bfloat16, float16 or on the CPU float64, any strides.
         dt: (batch, seqlen, nheads), in x's dtype or float32; dt_bias is added, then softplus applied if dt_softplus,
             then it is clamped to dt_limit. A clamped dt has no gradient.
         A: (nheads,), negative, in x's dtype or float32.
@@ -115,8 +137,8 @@ def mamba_chunk_scan_combined(
             (float64 for float64). Differentiable.
         return_varlen_states: with cu_seqlens, also return the state after each document's last token, (ndocs, nheads,
             headdim, dstate) in state_dtype; a document without tokens gives its initial state. Differentiable.
-        state_dtype: the dtype of states that are stored, C's dtype if left out: here varlen_states, as this backend
-            keeps no states between forward and backward.
+        state_dtype: the dtype of states that are stored, C's dtype if left out: here varlen_states, as no states are
+            kept between forward and backward.
 
     Returns:
         out, of x's shape and dtype; with the flags (out, final_states), (out, varlen_states) or
@@ -124,11 +146,13 @@ def mamba_chunk_scan_combined(
 
     Raises:
         ValueError, TypeError: an argument that does not fit, by name.
+        NotImplementedError: on CUDA, an argument that requires a gradient, or a larger headdim or dstate.
     """
     check_chunks(chunk_size, state_dtype)
     sizes("C", C, "batch", "seqlen", "ngroups", "dstate")
     varlen_dtype = varlen_states_dtype(return_varlen_states, cu_seqlens, state_dtype, C.dtype)
     tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens)
     options = (bool(dt_softplus), limits("dt_limit", dt_limit), return_final_states, varlen_dtype)
-    out, *states = _ChunkScan.apply(*tensors, *options)
+    expect_no_gradient_on_cuda("mamba_chunk_scan_combined", _DIFFERENTIABLE, tensors)
+    out, *states = apply(_ChunkScan, *tensors, *options)
     return results(out, *states)

@@ -8,10 +8,10 @@ from torch import Tensor
 from oxiscan._arguments import acc_dtype, sizes
 
 from . import _kernels
-from ._common import empty_like, once_differentiable
+from ._common import Function, apply, empty_like, once_differentiable
 
 
-class _StatePassing(torch.autograd.Function):
+class _StatePassing(Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, decay: Tensor, initial_states: Tensor | None) -> tuple[Tensor, Tensor]:
         batch, _, nheads, headdim, dstate = sizes("states", states, "batch", "nchunks", "nheads", "headdim", "dstate")
@@ -28,9 +28,14 @@ class _StatePassing(torch.autograd.Function):
         states_before, decay, initial_states = ctx.saved_tensors
         dstates, ddecay = torch.empty_like(states_before), torch.empty_like(decay)
         dinitial_states = empty_like(initial_states)
-        _kernels.state_passing_backward(
-            states_before, decay, initial_states, dstates_before, dfinal_states, dstates, ddecay, dinitial_states
-        )
+        partials = None
+        if states_before.is_cuda:
+            # What each warp of a head adds to ddecay: it has 32 packs of 16 bytes, of which a row takes whole ones.
+            headdim, dstate = states_before.shape[3:]
+            packs = headdim * -(-dstate * states_before.element_size() // 16)
+            partials = decay.new_empty(max(-(-packs // 32), 1), 1, decay.numel())
+        inputs = (states_before, decay, initial_states, dstates_before, dfinal_states)
+        _kernels.state_passing_backward(*inputs, dstates, ddecay, dinitial_states, partials)
         return dstates, ddecay, dinitial_states
 
 
@@ -38,7 +43,9 @@ def state_passing(states: Tensor, decay: Tensor, initial_states: Tensor | None =
     """Carry a state over chunks: state[c + 1] = exp(decay[c]) state[c] + states[c], state[0] = initial_states.
 
     Args:
-        states: (batch, nchunks, nheads, headdim, dstate), what each chunk adds; float32, float64, bfloat16 or float16.
+        states: (batch, nchunks, nheads, headdim, dstate), what each chunk adds; float32, bfloat16, float16 or on the
+            CPU float64, any strides. On CUDA the fast path takes rows along dstate that in all tensors are dense, a
+            multiple of 16 bytes long and aligned to 16 bytes.
         decay: (batch, nchunks, nheads), the logarithm of each chunk's decay; float32 (or float64 with float64 states).
         initial_states: (batch, nheads, headdim, dstate), in states' dtype or float32; zeros if left out.
 
@@ -50,4 +57,4 @@ def state_passing(states: Tensor, decay: Tensor, initial_states: Tensor | None =
     Raises:
         ValueError, TypeError: an argument that does not fit, by name.
     """
-    return _StatePassing.apply(states, decay, initial_states)
+    return apply(_StatePassing, states, decay, initial_states)

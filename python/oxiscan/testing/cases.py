@@ -28,6 +28,13 @@ def _norm(*, batch: int, seqlen: int, dim: int, **rest: Any) -> dict[str, Tensor
     return inputs.rmsnorm_gated(batch, seqlen, dim, bias=False, **rest)
 
 
+def _mamba2_scan(**sizes: Any) -> dict[str, Tensor]:
+    """A sequence as a Mamba-2 mixer passes it in training: the norm that follows gates, and no state enters."""
+    tensors = inputs.ssd(**sizes)
+    del tensors["z"], tensors["initial_states"]
+    return tensors
+
+
 def _mamba1_step(**sizes: Any) -> dict[str, Tensor]:
     """A token as a Mamba-1 decoder passes it: no heads, A in float32."""
     tensors = inputs.state_update(nheads=None, ngroups=None, **sizes)
@@ -57,7 +64,7 @@ def _mamba2(name: str, *, width: int = 4, **ssd: Any) -> list[Case]:
     scan = {"chunk_size": chunk_size}
     split = scan | {"ngroups": ssd["ngroups"]}
     return [
-        Case(f"{name}/ssd", "mamba_chunk_scan_combined", inputs.ssd, ssd, scan | {"dt_softplus": True}),
+        Case(f"{name}/ssd", "mamba_chunk_scan_combined", _mamba2_scan, ssd, scan | {"dt_softplus": True}),
         Case(f"{name}/split", "mamba_split_conv1d_scan_combined", inputs.split_conv1d_scan, ssd, split),
         Case(f"{name}/conv", "causal_conv1d_fn", inputs.conv, conv, {"activation": "silu"}),
         Case(
@@ -83,6 +90,16 @@ def _mamba2(name: str, *, width: int = 4, **ssd: Any) -> list[Case]:
             tokens | {"dim": dim, "z": False},
             norm | {"norm_before_gate": False},
         ),
+    ]
+
+
+def _scan_sizes(*other: tuple[str, int]) -> list[Case]:
+    """The scan of hybrid8b_tp4 with one size other than there, for each of these."""
+    sizes = {"batch": 4, "seqlen": 4096, "nheads": 32, "headdim": 64, "ngroups": 2, "dstate": 128}
+    options = {"chunk_size": 128, "dt_softplus": True}
+    return [
+        Case(f"{name}{size}/ssd", "mamba_chunk_scan_combined", _mamba2_scan, sizes | {name: size}, options)
+        for name, size in other
     ]
 
 
@@ -132,6 +149,7 @@ _CASES = [
     *_mamba2("hybrid8b_tp1", batch=1, seqlen=4096, nheads=128, headdim=64, ngroups=8, dstate=128, chunk_size=128),
     *_mamba2("long128k", batch=1, seqlen=131072, nheads=32, headdim=64, ngroups=2, dstate=128, chunk_size=128),
     *_mamba2("mamba2_2p7b", batch=8, seqlen=2048, nheads=80, headdim=64, ngroups=1, dstate=128, chunk_size=256),
+    *_scan_sizes(("headdim", 80), ("headdim", 96), ("headdim", 128), ("dstate", 64), ("dstate", 256)),
     # The paper's 8B Mamba at tensor parallel 4; Mamba 2.8B.
     *_mamba1("mamba1_8b_tp4", batch=4, seqlen=4096, dim=2048, dstate=128),
     *_mamba1("mamba1_2p8b", batch=8, seqlen=2048, dim=5120, dstate=16),

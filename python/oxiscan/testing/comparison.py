@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from oxiscan._arguments import acc_dtype
+from oxiscan._C import build_info
 
 #: Allowed relative RMS error against the float64 reference, (outputs, gradients), by the dtype of the inputs.
 #: float64: a few hundred roundings of 1e-16, amplified by cancellation. float32: sums of some hundred terms of 6e-8
@@ -67,13 +68,19 @@ def seeded_gradients(outputs: list[Tensor]) -> list[Tensor]:
     return [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in outputs]
 
 
+def is_forward_only(op: Callable[..., Any], tensors: dict[str, Tensor]) -> bool:
+    """Whether these tensors are on a backend that has no gradients of the op yet."""
+    on_cuda = next(iter(tensors.values())).is_cuda
+    return on_cuda and getattr(op, "__name__", None) in build_info()["cuda_forward_only"]
+
+
 def run(
     op: Callable[..., Any],
     tensors: dict[str, Tensor],
     options: dict[str, Any],
     output_gradients: Sequence[Tensor | None] | None = None,
 ) -> dict[str, Tensor]:
-    """Run `op(**tensors, **options)` forward and backward.
+    """Run `op(**tensors, **options)` forward and, unless `is_forward_only`, backward.
 
     Args:
         tensors: the tensor arguments. A gradient is taken for each floating one.
@@ -82,6 +89,10 @@ def run(
     Returns:
         Outputs as "out0", "out1", ..., gradients as "d" + name.
     """
+    if is_forward_only(op, tensors):
+        with torch.no_grad():
+            result = op(**tensors, **options)
+        return {f"out{i}": t for i, t in enumerate(result if isinstance(result, tuple) else [result])}
     leaves = {k: t.detach().requires_grad_(t.is_floating_point()) for k, t in tensors.items()}
     result = op(**leaves, **options)
     outputs = list(result) if isinstance(result, tuple) else [result]

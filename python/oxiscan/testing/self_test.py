@@ -38,7 +38,7 @@ _MORE = [
     *(
         case._replace(sizes=case.sizes | {"batch": 2, "seqlen": 40})
         for name, case in CASES.items()
-        if name.startswith("hybrid8b_tp4/norm")
+        if name.startswith(("hybrid8b_tp4/norm", "hybrid8b_tp4/ssd"))
     ),
 ]
 

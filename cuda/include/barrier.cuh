@@ -1,0 +1,81 @@
+// Barriers in shared memory (9.0 and later), on which some threads wait for what others, or copies, have done.
+#pragma once
+
+#include "params.h"
+
+namespace oxi {
+
+__device__ __forceinline__ unsigned shared_address(const void *pointer) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+
+// One phase ends when `count` arrivals have come, and the next begins.
+struct Barrier {
+  unsigned long long word;
+
+  __device__ __forceinline__ void init(int count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(&word)), "r"(count) : "memory");
+  }
+
+  __device__ __forceinline__ void arrive() {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(&word)) : "memory");
+  }
+
+  // The present phase ends no sooner than so many bytes of bulk copies are there.
+  __device__ __forceinline__ void expect(int bytes) {
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&word)), "r"(bytes)
+                 : "memory");
+  }
+
+  // Wait for the end of the phase of this parity: 0 for the first one, 1 for the second, and so on.
+  __device__ __forceinline__ void wait(unsigned parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}" ::"r"(shared_address(&word)),
+        "r"(parity)
+        : "memory");
+  }
+};
+
+__device__ __forceinline__ void prefetch_map(const OxiTensorMap &map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// Copy a box of a tensor to shared memory, whatever lies outside of the tensor as zeros; of its dimensions the innermost one
+// first. To be asked for by one thread, after `barrier` expects the bytes.
+__device__ __forceinline__ void copy_box(void *to, const OxiTensorMap &map, int i0, int i1, int i2, int i3,
+                                         Barrier &barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];"
+      ::"r"(shared_address(to)), "l"(&map), "r"(i0), "r"(i1), "r"(i2), "r"(i3), "r"(shared_address(&barrier.word))
+      : "memory");
+}
+
+// The counterpart of copy_box: what lies outside of the tensor is left out. The shared memory may be written again after
+// wait_for_box_reads by the same thread.
+__device__ __forceinline__ void store_box(const OxiTensorMap &map, int i0, int i1, int i2, int i3, const void *from) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];\n"
+      "cp.async.bulk.commit_group;" ::"l"(&map),
+      "r"(i0), "r"(i1), "r"(i2), "r"(i3), "r"(shared_address(from))
+      : "memory");
+}
+
+__device__ __forceinline__ void wait_for_box_reads() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
+// The stage of a ring of kStages, and the parity of its barriers' phases.
+template <int kStages>
+struct RingPosition {
+  int stage = 0;
+  unsigned parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }
+};
+
+}  // namespace oxi

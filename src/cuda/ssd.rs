@@ -1,0 +1,291 @@
+//! The chunk scan on CUDA: which kernel serves a call, and its launches.
+
+use super::launch::{Block, Stream, WARP};
+use super::params::{
+    self, OXI_SSD_SEGMENT_PARTS, OXI_SSD_TILE, OxiSsd, OxiSsdMapped, SsdRecurrence, VECTOR,
+};
+use crate::error::{Error, Result};
+use crate::ops::ssd::{Packing, SsdInputs, SsdStates};
+use crate::tensor::{DType, View};
+
+/// The sizes with kernels of their own: one or two parts of the values of the axis HEADDIM, and the values of DSTATE.
+pub const HEADDIMS: [usize; 4] = [64, 80, 96, 128];
+pub const DSTATES: [usize; 3] = [64, 128, 256];
+/// Headdim and dstate at most.
+pub const MAX_SIZE: usize = 256;
+/// Positions are 32-bit numbers, also those some tiles past the last token.
+const MAX_SEQLEN: usize = i32::MAX as usize - 4096;
+
+/// Of the kernel with wgmma: a block's threads for each of DSTATES.
+const WGMMA_THREADS: [usize; 3] = [512, 640, 512];
+/// Rows of a tile of out that a warp writes.
+const WGMMA_ROWS_OF_WARP: usize = 16;
+/// Of the kernel with mma.sync: threads of a block and rows of the state that it has at most; its shared memory, and what a
+/// stage of it takes for each column of the state.
+const MMA_THREADS: usize = 160;
+const MMA_ROWS: usize = 64;
+const MMA_SHARED_BYTES: usize = 27648;
+const MMA_STAGE_ROW_BYTES: usize = 256;
+/// Of the recurrence: lanes that share a row of the state; elements of it that a thread has, and a warp's rows then.
+const LANES_OF_ROW: usize = 8;
+const MOST_WARPS: usize = 8;
+const HELD: [usize; 4] = [4, 8, 16, 32];
+const ROWS_OF_RECURRENCE: [usize; 4] = [32, 32, 16, 8];
+
+/// How headdim is shared among blocks.
+struct Slices {
+    count: usize,
+    size: usize,
+    step: usize,
+}
+
+impl Slices {
+    /// In parts of `size`, the last of which may be smaller.
+    fn of(headdim: usize, size: usize) -> Self {
+        Slices { count: headdim.div_ceil(size), size, step: size }
+    }
+
+    /// In two parts of `size` at most, which overlap if they are larger than headdim together.
+    fn of_two(headdim: usize, size: usize) -> Self {
+        Slices { count: headdim.div_ceil(size), size, step: headdim - size }
+    }
+}
+
+/// `segments`: the workspace of long sequences, (parts of segments but the last one, batch nheads, elements + 1).
+pub fn forward(
+    stream: &Stream,
+    dtype: DType,
+    inputs: &SsdInputs,
+    out: &View<4>,
+    states: &SsdStates,
+    segments: Option<&View<3>>,
+) -> Result<()> {
+    let dims = inputs.dims;
+    for (arg, name, size) in [("x", "headdim", dims.headdim), ("B", "dstate", dims.dstate)] {
+        if size > MAX_SIZE {
+            return Err(Error::Unsupported {
+                arg,
+                got: format!("{name} = {size}"),
+                allowed: format!("{name} <= {MAX_SIZE} on cuda"),
+            });
+        }
+    }
+    if dims.batch == 0 {
+        return Ok(());
+    }
+    if dtype == DType::F32 {
+        return recurrence(stream, inputs, out, states);
+    }
+    let dense = |view: &View<4>| params::is_dense(view, VECTOR / dtype.size());
+    let mapped = |view: &View<4>| dense(view) && params::can_be_mapped(view);
+    // Without tokens there is no memory to map.
+    let fits = stream.device.capability == (9, 0)
+        && dims.seqlen > 0
+        && HEADDIMS.contains(&dims.headdim)
+        && [&inputs.x, &inputs.B, &inputs.C, out].into_iter().all(mapped)
+        && inputs.z.as_ref().is_none_or(dense);
+    match DSTATES.iter().position(|&size| size == dims.dstate) {
+        Some(dstate) if fits => wgmma(stream, dtype, dstate, inputs, out, states, segments),
+        _ => mma(stream, dtype, inputs, out, states, segments),
+    }
+}
+
+/// `dstate`: an index of DSTATES.
+fn wgmma(
+    stream: &Stream,
+    dtype: DType,
+    dstate: usize,
+    inputs: &SsdInputs,
+    out: &View<4>,
+    states: &SsdStates,
+    segments: Option<&View<3>>,
+) -> Result<()> {
+    // kHeaddim of the instances; two of 48 overlap in a headdim of 80.
+    let headdim = inputs.dims.headdim;
+    let part = if matches!(headdim, 80 | 96) { 48 } else { 64 };
+    let slices = Slices::of_two(headdim, part);
+    let choices = [narrow(dtype), (part == 64).into(), dstate];
+    let block = Block {
+        threads: WGMMA_THREADS[dstate],
+        shared_bytes: stream.shared_bytes::<OxiSsdMapped>(&choices),
+    };
+    let map = |view: &View<4>| stream.tensor_map(view, OXI_SSD_TILE as usize);
+    let mapped = OxiSsdMapped {
+        x: map(&inputs.x)?,
+        B: map(&inputs.B)?,
+        C: map(&inputs.C)?,
+        out: stream.tensor_map(out, WGMMA_ROWS_OF_WARP)?,
+        ..Default::default()
+    };
+    let params = params_of(inputs, out, states, &slices)?;
+    in_segments(inputs, params, segments, slices.size * DSTATES[dstate], |ssd, blocks| {
+        stream.launch(&OxiSsdMapped { ssd, ..mapped }, &choices, [blocks, 1, 1], block)
+    })
+}
+
+fn mma(
+    stream: &Stream,
+    dtype: DType,
+    inputs: &SsdInputs,
+    out: &View<4>,
+    states: &SsdStates,
+    segments: Option<&View<3>>,
+) -> Result<()> {
+    let dims = inputs.dims;
+    let dstate = DSTATES.iter().position(|&size| size >= dims.dstate).expect("a size up to 256");
+    let choices = [narrow(dtype), dstate];
+    let slices = Slices::of(dims.headdim, dims.headdim.min(MMA_ROWS));
+    let most = stream.shared_bytes::<OxiSsd>(&choices);
+    let bytes = |stages: usize| MMA_SHARED_BYTES + stages * MMA_STAGE_ROW_BYTES * DSTATES[dstate];
+    let stages = if bytes(2) <= most { 2 } else { 1 };
+    let mut params = params_of(inputs, out, states, &slices)?;
+    params.stages = stages as i32;
+    let copied = [Some(&inputs.x), Some(&inputs.B), Some(&inputs.C)];
+    params.width = copied_at_once(inputs, &copied, VECTOR / dtype.size(), 2) as i32;
+    let block = Block { threads: MMA_THREADS, shared_bytes: bytes(stages) };
+    in_segments(inputs, params, segments, MMA_ROWS * DSTATES[dstate], |params, blocks| {
+        stream.launch(&params, &choices, [blocks, 1, 1], block)
+    })
+}
+
+fn recurrence(
+    stream: &Stream,
+    inputs: &SsdInputs,
+    out: &View<4>,
+    states: &SsdStates,
+) -> Result<()> {
+    let dims = inputs.dims;
+    let held = HELD.iter().position(|held| held * LANES_OF_ROW >= dims.dstate).expect("up to 256");
+    let rows = ROWS_OF_RECURRENCE[held];
+    // A head's warps, in blocks of as many as leave none of the multiprocessors without one: they share B and C.
+    let mut warps = dims.headdim.div_ceil(rows).next_power_of_two().min(MOST_WARPS);
+    let blocks = |warps: usize| dims.batch * dims.nheads * dims.headdim.div_ceil(rows * warps);
+    while warps > 1 && 2 * blocks(warps) < stream.device.multiprocessors as usize {
+        warps /= 2;
+    }
+    let slices = Slices::of(dims.headdim, rows * warps);
+    let mut params = params_of(inputs, out, states, &slices)?;
+    let copied = [Some(&inputs.x), Some(&inputs.B), Some(&inputs.C), inputs.z.as_ref()];
+    params.width = copied_at_once(inputs, &copied, VECTOR / 4, VECTOR / 4) as i32;
+    let blocks = blocks(warps);
+    stream.launch(&SsdRecurrence(params), &[0, held], [blocks, 1, 1], Block::of(warps * WARP))
+}
+
+/// The choice of ELEMENT among the narrow ones.
+fn narrow(dtype: DType) -> usize {
+    params::dtype(dtype) as usize - 1
+}
+
+/// How many elements of these tensors move at once: `most`, or as many as their alignment allows, but at least `least`;
+/// else 1.
+fn copied_at_once(
+    inputs: &SsdInputs,
+    tensors: &[Option<&View<4>>],
+    most: usize,
+    least: usize,
+) -> usize {
+    let fits = |width: usize| {
+        inputs.dims.headdim.is_multiple_of(width)
+            && inputs.dims.dstate.is_multiple_of(width)
+            && tensors.iter().flatten().all(|view| params::is_dense(view, width))
+    };
+    let mut width = most;
+    while width >= least {
+        if fits(width) {
+            return width;
+        }
+        width /= 2;
+    }
+    1
+}
+
+/// Launch over the whole sequences or, with a workspace for it, over segments of them: what each but the last adds first.
+fn in_segments(
+    inputs: &SsdInputs,
+    mut params: OxiSsd,
+    segments: Option<&View<3>>,
+    elements: usize,
+    launch: impl Fn(OxiSsd, usize) -> Result<()>,
+) -> Result<()> {
+    let dims = inputs.dims;
+    let blocks = dims.batch * dims.nheads * params.slices as usize;
+    let Some(view) = segments else { return launch(params, blocks) };
+    let (parts, elements) = (OXI_SSD_SEGMENT_PARTS as usize, elements * params.slices as usize);
+    let [rows, heads, has] = view.shape;
+    if rows % parts != 0 || has <= elements {
+        return Err(Error::Value {
+            arg: "segments",
+            got: format!("shape {:?}", view.shape),
+            allowed: format!("{parts} rows a segment, more than {elements} elements"),
+        });
+    }
+    params.segments = (rows / parts) as i32 + 1;
+    let unit = OXI_SSD_TILE as usize * parts;
+    let tokens = dims.seqlen.div_ceil(params.segments as usize).next_multiple_of(unit);
+    params.segment_tokens = tokens as i32;
+    params.segment_states = view.data().cast();
+    params.segment_decays = view.data().cast::<f32>().wrapping_add(rows * heads * (has - 1));
+    launch(OxiSsd { states_only: 1, ..params }, blocks * rows)?;
+    launch(params, blocks * params.segments as usize)
+}
+
+fn params_of(
+    inputs: &SsdInputs,
+    out: &View<4>,
+    states: &SsdStates,
+    slices: &Slices,
+) -> Result<OxiSsd> {
+    let dims = inputs.dims;
+    if dims.seqlen >= MAX_SEQLEN {
+        return Err(Error::Unsupported {
+            arg: "x",
+            got: format!("seqlen = {}", dims.seqlen),
+            allowed: format!("seqlen < {MAX_SEQLEN} on cuda"),
+        });
+    }
+    let (seq_idx, cu_seqlens) = match &inputs.packing {
+        Packing::Tokens { seq_idx, cu_seqlens } => (seq_idx.as_ref(), cu_seqlens.as_ref()),
+        Packing::Chunks { .. } => unreachable!("chunks of the caller's are the CPU backend's"),
+    };
+    let ndocs = cu_seqlens.map_or(1, |bounds| bounds.shape[0] - 1);
+    let is_wide = |dtype: DType| i32::from(dtype == DType::F32);
+    Ok(OxiSsd {
+        seqlen: dims.seqlen as i32,
+        nheads: params::size("x", "nheads", dims.nheads)?,
+        heads_per_group: dims.heads_per_group() as i32,
+        headdim: dims.headdim as i32,
+        dstate: dims.dstate as i32,
+        ndocs: params::size("cu_seqlens", "ndocs", ndocs)?,
+        segments: 1,
+        segment_tokens: dims.seqlen as i32,
+        slices: slices.count as i32,
+        slice: slices.size as i32,
+        slice_step: slices.step as i32,
+        dt_softplus: inputs.dt_softplus.into(),
+        dt_min: inputs.dt_limit.0 as f32,
+        dt_max: inputs.dt_limit.1 as f32,
+        wide_dt: is_wide(inputs.dt.dtype),
+        wide_D: inputs.D.map_or(0, |D| is_wide(D.dtype)),
+        wide_initial_states: inputs.initial_states.map_or(0, |states| is_wide(states.dtype)),
+        varlen_dtype: states.varlen_states.map_or(0, |states| params::dtype(states.dtype) as i32),
+        state_a_document: inputs.initial_states.is_some_and(|s| s.shape[0] == ndocs).into(),
+        cu_seqlens_are_64_bit: cu_seqlens.is_some_and(|b| b.dtype == DType::I64).into(),
+        x: Some(&inputs.x).into(),
+        dt: Some(&inputs.dt).into(),
+        A: params::vector(Some(&inputs.A)),
+        dt_bias: params::vector(inputs.dt_bias.as_ref()),
+        B: Some(&inputs.B).into(),
+        C: Some(&inputs.C).into(),
+        D: inputs.D.as_ref().into(),
+        z: inputs.z.as_ref().into(),
+        out: Some(out).into(),
+        initial_states: inputs.initial_states.as_ref().into(),
+        final_states: states.final_states.as_ref().into(),
+        varlen_states: states.varlen_states.as_ref().into(),
+        seq_idx: seq_idx.map_or(std::ptr::null(), |ids| ids.data().cast()),
+        seq_idx_stride: seq_idx.map_or([0; 2], |ids| ids.strides().map(|stride| stride as i64)),
+        cu_seqlens: cu_seqlens.map_or(std::ptr::null(), |bounds| bounds.data().cast()),
+        cu_seqlens_step: cu_seqlens.map_or(0, |bounds| bounds.strides()[0] as i64),
+        ..Default::default()
+    })
+}
