@@ -343,8 +343,8 @@ def test_two_calls_with_a_carried_state_equal_one(cut, dtype, headdim, dstate, e
         assert_close(name, twice[name], value, tolerance(dtype, 1e-11, gradient=name.startswith("d")))
 
 
-#: CUDA walks so many tokens in four segments, which begin at a multiple of 64 above a quarter of them.
-LONG, SEGMENT = 65536 + 100, 16448
+#: CUDA walks so many tokens in four segments, which begin at a multiple of 256 above a quarter of them.
+LONG, SEGMENT = 65536 + 100, 16640
 #: Where documents of a long sequence begin.
 STARTS = pytest.mark.parametrize(
     "starts",
@@ -352,10 +352,10 @@ STARTS = pytest.mark.parametrize(
 )
 
 
-def long_sequence(*, starts=(), batch=1, device, **shape):
+def long_sequence(*, starts=(), batch=1, dtype=torch.bfloat16, device, **shape):
     """Weakly decaying states, seq_idx where documents start."""
     sizes = {"batch": batch, "seqlen": LONG, "nheads": 2, "ngroups": 1, "decay": 1e-3, **shape}
-    tensors = inputs.ssd(**sizes, dtype=torch.bfloat16, parameters=torch.float32, device=device)
+    tensors = inputs.ssd(**sizes, dtype=dtype, parameters=torch.float32, device=device)
     if starts:
         bounds = torch.tensor(starts, device=device)
         ids = torch.searchsorted(bounds, torch.arange(LONG, device=device), right=True, out_int32=True)
@@ -374,17 +374,18 @@ def in_pieces(tensors, initial_states, begin, end):
     return torch.cat(outputs, dim=1), states
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @SIZES
 @STARTS
-def test_long_sequences(headdim, dstate, starts, device):
-    tensors = long_sequence(starts=starts, batch=2, headdim=headdim, dstate=dstate, device=device)
+def test_long_sequences(headdim, dstate, starts, dtype, device):
+    tensors = long_sequence(starts=starts, batch=2, headdim=headdim, dstate=dstate, dtype=dtype, device=device)
     out, final_states = oxiscan.mamba_chunk_scan_combined(**tensors, **OPTIONS)
     tensors.pop("seq_idx", None)
     states = tensors.pop("initial_states")
     for begin, end in itertools.pairwise((0, *starts, LONG)):
         expected, states = in_pieces(tensors, states if begin == 0 else None, begin, end)
-        assert_close(f"out from {begin}", out[:, begin:end], expected, TOLERANCES[torch.bfloat16][0])
-    assert_close("final_states", final_states, states, TOLERANCES[torch.bfloat16][0])
+        assert_close(f"out from {begin}", out[:, begin:end], expected, TOLERANCES[dtype][0])
+    assert_close("final_states", final_states, states, TOLERANCES[dtype][0])
 
 
 @SIZES

@@ -19,7 +19,9 @@
 // arithmetic then fills the time that shuffles take.
 //
 // Shared memory: two steps (B and C: 1 KB for each of HELD; x and z: 32 KB in all, HELD of 16 or 32 16 or 8 KB) and the
-// decays of twice 32 tokens (1 KB), together 37, 41, 33 or 41 KB for HELD of 4, 8, 16 or 32. fp32: everything.
+// decays of twice 32 tokens (1 KB), together 37, 41, 33 or 41 KB for HELD of 4, 8, 16 or 32, less with few ELEMENTS.
+//
+// fp32: everything.
 
 #include "async_copy.cuh"
 #include "ssd.cuh"
@@ -32,8 +34,8 @@ namespace {
 constexpr int kHeld = HELD;
 constexpr int kLanes = 8;
 constexpr int kColumns = kLanes * kHeld;
-// A thread has 64 elements, as far as there are lanes for the sums of its rows.
-constexpr int kRows = kHeld < 8 ? 8 : 64 / kHeld;
+// As many as make ELEMENTS elements a thread: at most 8, since 8 lanes can have the sums of as many rows; at least one.
+constexpr int kRows = ELEMENTS / kHeld > 8 ? 8 : ELEMENTS < kHeld ? 1 : ELEMENTS / kHeld;
 constexpr int kWarpRows = kWarp / kLanes * kRows;
 constexpr int kMaxWarps = 8;
 constexpr int kStep = 8;

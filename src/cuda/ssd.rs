@@ -26,11 +26,15 @@ const MMA_THREADS: usize = 160;
 const MMA_ROWS: usize = 64;
 const MMA_SHARED_BYTES: usize = 27648;
 const MMA_STAGE_ROW_BYTES: usize = 256;
-/// Of the recurrence: lanes that share a row of the state; elements of it that a thread has, and a warp's rows then.
+/// Of the recurrence: lanes that share a row of the state; elements of it that a thread has, and a warp's rows then, for each
+/// of ELEMENTS.
 const LANES_OF_ROW: usize = 8;
 const MOST_WARPS: usize = 8;
 const HELD: [usize; 4] = [4, 8, 16, 32];
-const ROWS_OF_RECURRENCE: [usize; 4] = [32, 32, 16, 8];
+const ROWS_OF_RECURRENCE: [[usize; 4]; 2] = [[32, 32, 16, 8], [16, 8, 4, 4]];
+/// Sequences this long have threads with few elements each, if those with many would be fewer warps than this.
+const LONG: usize = 32768;
+const ENOUGH_WARPS: usize = 264;
 
 /// How headdim is shared among blocks.
 struct Slices {
@@ -156,7 +160,10 @@ fn recurrence(
 ) -> Result<()> {
     let dims = inputs.dims;
     let held = HELD.iter().position(|held| held * LANES_OF_ROW >= dims.dstate).expect("up to 256");
-    let rows = ROWS_OF_RECURRENCE[held];
+    // By one sequence alone: sums of other rows have another order.
+    let warps = dims.nheads * dims.headdim.div_ceil(ROWS_OF_RECURRENCE[0][held]);
+    let few = dims.seqlen >= LONG && warps < ENOUGH_WARPS;
+    let rows = ROWS_OF_RECURRENCE[usize::from(few)][held];
     // A head's warps, in blocks of as many as leave none of the multiprocessors without one: they share B and C.
     let mut warps = dims.headdim.div_ceil(rows).next_power_of_two().min(MOST_WARPS);
     let blocks = |warps: usize| dims.batch * dims.nheads * dims.headdim.div_ceil(rows * warps);
@@ -168,7 +175,8 @@ fn recurrence(
     let copied = [Some(&inputs.x), Some(&inputs.B), Some(&inputs.C), inputs.z.as_ref()];
     params.width = copied_at_once(inputs, &copied, VECTOR / 4, VECTOR / 4) as i32;
     let blocks = blocks(warps);
-    stream.launch(&SsdRecurrence(params), &[0, held], [blocks, 1, 1], Block::of(warps * WARP))
+    let choices = [0, held, few.into()];
+    stream.launch(&SsdRecurrence(params), &choices, [blocks, 1, 1], Block::of(warps * WARP))
 }
 
 /// The choice of ELEMENT among the narrow ones.
