@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ import torch
 
 import oxiscan
 from oxiscan import _C
+from oxiscan.info import _chunk_scan
 from oxiscan.testing import inputs
 from oxiscan.testing.self_test import self_test
 
@@ -96,12 +98,21 @@ def test_a_panic_in_a_worker_thread_is_an_exception():
 def test_info():
     command = [sys.executable, "-m", "oxiscan.info"]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert f"oxiscan         {oxiscan.__version__}" in text and "cpu threads" in text
+    assert re.search(rf"^oxiscan +{re.escape(oxiscan.__version__)}$", text, re.MULTILINE) and "cpu threads" in text
     info = json.loads(subprocess.run([*command, "--json"], check=True, capture_output=True, text=True).stdout)
     assert info["oxiscan"] == oxiscan.__version__
     assert info["torch"] == torch.__version__
     assert info["backends"] == _C.build_info()["backends"] and "cpu" in info["backends"]
     assert isinstance(info["gpus"], list) and info["cpu_threads"] >= 1
+    assert ("chunk scan" in text) == any(gpu["chunk_scan"] for gpu in info["gpus"])
+
+
+@pytest.mark.parametrize(("arch", "kernels"), [("sm_90a", {"wgmma", "mma.sync"}), ("sm_80", {"mma.sync"})])
+def test_info_says_which_kernels_run_the_chunk_scan(arch, kernels):
+    listed = _chunk_scan(arch)
+    assert set(listed.values()) == kernels | {"recurrence on CUDA cores"}
+    fast = next(iter(listed))
+    assert "headdim 64, 80, 96, 128 x dstate 64, 128, 256" in fast and "up to 256" in next(reversed(listed))
 
 
 def test_info_lists_the_compiled_kernels():

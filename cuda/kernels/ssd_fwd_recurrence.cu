@@ -256,7 +256,7 @@ extern "C" __global__ void __maxnreg__(kRegisters) KERNEL(const __grid_constant_
         if (tiles.starts) start_run(t);
       }
       const int stop = min(end, tiles.begin + tiles.size);
-#pragma unroll 2
+#pragma unroll (kRows > 1 ? 2 : 4)
       for (; t < stop; ++t) {
         const int i = t - first;
         const Token token = tokens[i];

@@ -19,8 +19,8 @@
 //             tile's start they write it, rounded, to shared memory for the outputs. B^T is scaled in registers.
 //
 // Barriers: full[stage]: the vectors and copies of a tile are there; where the run ends within the tile the copies come to
-// landed[stage] first, and the loads clear the rows past that first. empty[stage]: a warp of those that work on the tile no
-// longer needs them.
+// landed[stage] first, and the loads clear the rows past that first. empty[stage]: those that work on the tile no longer
+// need them.
 // state_full[group]: H is there, state_empty[group]: the products of that group of the outputs no longer read it.
 //
 // A document's tokens are multiplied with nothing of another's: a tile is of one run, rows past its tokens are zeros, and
@@ -330,7 +330,7 @@ __device__ __forceinline__ void write_outputs(const OxiSsdMapped &mapped, const 
     const float entering[2] = {vectors.entering[row], vectors.entering[row + 8]};
     wait_for_products<0>();
     keep_in_place(Y);
-    if (lane == 0) storage.state_empty[group].arrive();
+    storage.state_empty[group].arrive();
 #pragma unroll
     for (int i = 0; i < kHeaddim / 2; ++i) Y[i] *= entering[i / 2 % 2];
     keep_in_place(Y);
@@ -364,8 +364,7 @@ __device__ __forceinline__ void write_outputs(const OxiSsdMapped &mapped, const 
         }
       }
     }
-    __syncwarp();
-    if (lane == 0) storage.empty[at.stage].arrive();
+    storage.empty[at.stage].arrive();
     if (__builtin_expect(p.z.data != nullptr, 0)) {
       const Element *z = rows_of(p.z, walk.b, walk.head, walk.first + column);
 #pragma unroll
@@ -655,8 +654,7 @@ __device__ __forceinline__ void walk_states(const OxiSsd &p, const Walk &walk, S
       keep_in_place(state.value[block]);
     }
     const bool run_ends = vectors.ends;
-    __syncwarp();
-    if (lane == 0) storage.empty[at.stage].arrive();
+    storage.empty[at.stage].arrive();
     if (run_ends && !p.states_only) state.store_ended(p, walk, end);
     at.advance();
   }
@@ -684,11 +682,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     for (int stage = 0; stage < kStages; ++stage) {
       storage.full[stage].init(kWarp);
       storage.landed[stage].init(kWarp);
-      storage.empty[stage].init(4 * (kStateGroups + !p.states_only));
+      storage.empty[stage].init(kWarpgroup * (kStateGroups + !p.states_only));
     }
     for (int group = 0; group < kOutputGroups; ++group) {
       storage.state_full[group].init(kStateGroups * kWarpgroup);
-      storage.state_empty[group].init(4);
+      storage.state_empty[group].init(kWarpgroup);
     }
     publish_to_products();
   }
