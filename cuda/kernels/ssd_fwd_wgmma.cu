@@ -5,7 +5,7 @@
 // base 2, l = cumsum(dt A) within the tile:
 //
 //   S = C B^T      M[t, s] = S[t, s] 2^(l[t] - l[s]) dt[s] for t >= s, else 0
-//   Y = M X + 2^l[t] (C H^T) + D X      out = Y silu(z)
+//   Y = M X + 2^l[t] (C H^T) + D X      out = Y silu(z)      (one D a head is added to M's diagonal)
 //   H' = 2^l[end] H + X^T diag(dt 2^(l[end] - l)) B
 //
 // Grid: a block has a segment of a sequence, for one head, or for a slice of it (kHeaddim rows of the state).
@@ -20,13 +20,12 @@
 //
 // Barriers: full[stage]: the vectors and copies of a tile are there; where the run ends within the tile the copies come to
 // landed[stage] first, and the loads clear the rows past that first. empty[stage]: those that work on the tile no longer
-// need them.
-// state_full[group]: H is there, state_empty[group]: the products of that group of the outputs no longer read it.
+// need them. state_full[group]: H is there, state_empty[group]: the products of that group of the outputs no longer read it.
 //
 // A document's tokens are multiplied with nothing of another's: a tile is of one run, rows past its tokens are zeros, and
 // the state at a run's start is assigned.
 //
-// Shared memory: Storage below, 112 to 226 KB: a ring of kStages times X, B, C in slabs of 64 columns (wgmma.cuh), H, out.
+// Shared memory: Storage below, 129 to 216 KB: a ring of kStages times X, B, C in slabs of 64 columns (wgmma.cuh), H, out.
 //
 // fp32: dt, l and the powers, S, Y, H, all sums. Rounded to Element: M, H and dt B as operands.
 
