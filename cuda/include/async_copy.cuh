@@ -1,12 +1,14 @@
 // Copies from global to shared memory that a thread asks for and does not wait for (8.0 and later).
 #pragma once
 
+#include "shared_memory.cuh"
+
 namespace oxi {
 
 // kBytes (4, 8 or 16) to `to`, zeros unless `inside`; `from` is then not read. 16 pass L1 by.
 template <int kBytes>
 __device__ inline void copy_async(void *to, const void *from, bool inside) {
-  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  const unsigned address = shared_address(to);
   const int size = inside ? kBytes : 0;
   if constexpr (kBytes == 16) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(size) : "memory");

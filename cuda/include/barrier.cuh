@@ -2,12 +2,9 @@
 #pragma once
 
 #include "params.h"
+#include "shared_memory.cuh"
 
 namespace oxi {
-
-__device__ __forceinline__ unsigned shared_address(const void *pointer) {
-  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
-}
 
 // One phase ends when `count` arrivals have come, and the next begins.
 struct Barrier {

@@ -8,6 +8,7 @@
 
 #include "dtype.cuh"
 #include "reduce.cuh"
+#include "shared_memory.cuh"
 
 namespace oxi {
 
@@ -38,26 +39,20 @@ class Blocks {
     // Of the four parts each eighth of the lanes names the rows of one.
     const int low = lane % 8, first = lane & 8, second = lane / 2 & 8;
     const int offset = order == Order::DOWN ? swizzled(low + first, second, pitch) : swizzled(low + second, first, pitch);
-    address = static_cast<unsigned>(__cvta_generic_to_shared(matrix + offset));
+    address = shared_address(matrix + offset);
   }
 
   // The block at a row and column, multiples of 16.
   __device__ __forceinline__ Block load(int row, int column) const {
     Block block;
-    unsigned(&word)[4] = block.word;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
-                 : "r"(at(row, column)));
+    load_blocks(block.word, at(row, column));
     return block;
   }
 
   // The same with each part transposed.
   __device__ __forceinline__ Block load_transposed(int row, int column) const {
     Block block;
-    unsigned(&word)[4] = block.word;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
-                 : "r"(at(row, column)));
+    oxi::load_transposed(block.word, at(row, column));
     return block;
   }
 

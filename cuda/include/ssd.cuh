@@ -164,7 +164,39 @@ struct Discretize {
   }
 };
 
-// The row of initial states with which the run at token t begins, -1 for none.
+// By one warp: dt of the two tokens that a lane has of a tile of `size`, and l, the sum of log2 decays up to each. Past the
+// tile dt is 0 and l that of its last token. raw(i) is the i-th token's dt as it comes. Gives the sum up to the lane's second
+// token as it was added up over lanes, which l rounds otherwise.
+template <typename Raw>
+__device__ __forceinline__ float sum_decays(const OxiSsd &p, const Discretize &head, int size, Raw raw, float (&dt)[2],
+                                            float (&l)[2]) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const bool inside = 2 * lane + i < size;
+    dt[i] = inside ? head.dt(p, raw(i)) : 0.0f;
+    const float decay = dt[i] * head.A;
+    l[i] = inside ? (decay < kLeastDecay ? kLeastDecay : decay) : 0.0f;
+  }
+  l[1] += l[0];
+  float sum = l[1];
+#pragma unroll
+  for (int step = 1; step < kWarp; step *= 2) {
+    const float other = __shfl_up_sync(kAllLanes, sum, step);
+    if (lane >= step) sum += other;
+  }
+  // From the other lanes' sums alone: taking this lane's away again would round.
+  float before = __shfl_up_sync(kAllLanes, sum, 1);
+  if (lane == 0) before = 0.0f;
+  l[0] += before;
+  l[1] += before;
+  return sum;
+}
+
+// The row of initial states that is a document's, -1 for none; the same of the run that begins at token t.
+__device__ __forceinline__ long long document_row(const OxiSsd &p, long long b, int document) {
+  return p.initial_states.data == nullptr ? -1 : initial_row(p, b, document);
+}
 __device__ __forceinline__ long long entry_row(const OxiSsd &p, long long b, int t) {
   return p.initial_states.data == nullptr ? -1 : initial_row(p, b, document_from(p, t));
 }
@@ -180,7 +212,7 @@ __device__ __forceinline__ void for_documents_ending_at(const OxiSsd &p, long lo
   for (int document = first_to_end(p, end); document < p.ndocs; ++document) {
     if (document_bound(p, document + 1) != end) break;
     const bool empty = document_bound(p, document) == end;
-    store(final_row(p, b, document), empty ? (p.initial_states.data == nullptr ? -1 : initial_row(p, b, document)) : -2);
+    store(final_row(p, b, document), empty ? document_row(p, b, document) : -2);
   }
 }
 

@@ -100,23 +100,14 @@ struct Product;
 OXI_PRODUCT_OF(48, OXI_NAMES24, OXI_D24, "%24", "%25", "%26", "%27", "%28")
 OXI_PRODUCT_OF(64, OXI_NAMES32, OXI_D32, "%32", "%33", "%34", "%35", "%36")
 
-// Four 8x8 blocks of elements from shared memory, lanes 8 i to 8 i + 7 giving the addresses of block i's rows, each transposed:
-// word i of a lane has rows 2 (lane % 4) + {0, 1} of column lane / 4 of block i.
-__device__ __forceinline__ void load_transposed(unsigned (&words)[4], unsigned address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-               : "r"(address)
-               : "memory");
-}
-
-// The counterpart of load_transposed.
+// The counterpart of load_transposed (shared_memory.cuh).
 __device__ __forceinline__ void store_transposed(unsigned address, const unsigned (&words)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(words[0]),
                "r"(words[1]), "r"(words[2]), "r"(words[3])
                : "memory");
 }
 
-// Four 8x8 blocks as they are: word i of a lane is columns 2 (lane % 4) + {0, 1} of row lane / 4 of block i.
+// The counterpart of load_blocks.
 __device__ __forceinline__ void store_blocks(unsigned address, const unsigned (&words)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(words[0]),
                "r"(words[1]), "r"(words[2]), "r"(words[3])

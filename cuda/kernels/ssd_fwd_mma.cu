@@ -162,25 +162,7 @@ __device__ __forceinline__ void keep_time(const OxiSsd &p, Shared &shared) {
     next(i + 1);
 
     float dt[2], l[2];
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const bool inside = 2 * lane + j < size;
-      dt[j] = inside ? head.dt(p, raw[j]) : 0.0f;
-      const float own = dt[j] * head.A;
-      l[j] = inside ? (own < kLeastDecay ? kLeastDecay : own) : 0.0f;
-    }
-    l[1] += l[0];
-    float before = l[1];
-#pragma unroll
-    for (int step = 1; step < kWarp; step *= 2) {
-      const float other = __shfl_up_sync(kAllLanes, before, step);
-      if (lane >= step) before += other;
-    }
-    // From the other lanes' sums alone: taking this lane's away again would round.
-    before = __shfl_up_sync(kAllLanes, before, 1);
-    if (lane == 0) before = 0.0f;
-    l[0] += before;
-    l[1] += before;
+    sum_decays(p, head, size, [&](int j) -> float { return raw[j]; }, dt, l);
     const float total = __shfl_sync(kAllLanes, l[1], kWarp - 1);
     Vectors &vectors = shared.vectors[i % 2];
 #pragma unroll
@@ -401,7 +383,7 @@ struct State {
     if (p.seqlen > 0) {
       store(p, walk, shared, p.final_states, OXI_F32, walk.b);
     } else {
-      const long long initial = p.initial_states.data == nullptr ? -1 : initial_row(p, walk.b, 0);
+      const long long initial = document_row(p, walk.b, 0);
       store_initial(p, walk, shared, p.final_states, OXI_F32, walk.b, initial);
     }
   }

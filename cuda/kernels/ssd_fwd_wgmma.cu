@@ -112,26 +112,8 @@ __device__ __forceinline__ void discretize(const OxiSsd &p, const Discretize &he
                                            Vectors &vectors) {
   const int lane = threadIdx.x % kWarp;
   float dt[2], l[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const bool inside = 2 * lane + i < tile.size;
-    dt[i] = inside ? head.dt(p, p.wide_dt ? __uint_as_float(raw[i]) : low(raw[i], Element())) : 0.0f;
-    const float decay = dt[i] * head.A;
-    l[i] = inside ? (decay < kLeastDecay ? kLeastDecay : decay) : 0.0f;
-  }
-  l[1] += l[0];
-  float before = l[1];
-#pragma unroll
-  for (int step = 1; step < kWarp; step *= 2) {
-    const float other = __shfl_up_sync(kAllLanes, before, step);
-    if (lane >= step) before += other;
-  }
-  const float total = __shfl_sync(kAllLanes, before, kWarp - 1);
-  // From the other lanes' sums alone: taking this lane's away again would round.
-  before = __shfl_up_sync(kAllLanes, before, 1);
-  if (lane == 0) before = 0.0f;
-  l[0] += before;
-  l[1] += before;
+  const auto value = [&](int i) { return p.wide_dt ? __uint_as_float(raw[i]) : low(raw[i], Element()); };
+  const float total = __shfl_sync(kAllLanes, sum_decays(p, head, tile.size, value, dt, l), kWarp - 1);
   // Of the token before each warp's first one.
   float border[4] = {};
 #pragma unroll
@@ -309,7 +291,7 @@ __device__ __forceinline__ void write_outputs(const OxiSsdMapped &mapped, const 
     const unsigned B = operand(shared_address(stage.B), 0), C = operand(shared_address(stage.C), 0);
     float S[kTile / 2], Y[kHeaddim / 2];
     products_begin();
-// Eight at a time, for operands to take few registers.
+    // Eight at a time, for operands to take few registers.
 #pragma unroll 8
     for (int k = 0; k < kDstate / 16; ++k) {
       Product<kTile>::of_shared(S, C + along_k(k, kSlabBytes), B + along_k(k, kSlabBytes), k > 0);
@@ -665,8 +647,7 @@ __device__ __forceinline__ void walk_states(const OxiSsd &p, const Walk &walk, S
     if (p.seqlen > 0) {
       state.store<float>(p.final_states, walk, walk.b);
     } else {
-      const long long initial = p.initial_states.data == nullptr ? -1 : initial_row(p, walk.b, 0);
-      State::copy_initial(p, walk, initial, p.final_states, OXI_F32, walk.b);
+      State::copy_initial(p, walk, document_row(p, walk.b, 0), p.final_states, OXI_F32, walk.b);
     }
   }
 }

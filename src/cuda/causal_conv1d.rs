@@ -6,7 +6,7 @@ use super::params::{
     OXI_CONV_WEIGHT, OXI_CONV_X, OXI_EXACT_CONV_WIDTH, OXI_MAX_MARKED_TOKENS, OxiConv,
     OxiConvBackward, OxiConvParameters, VECTOR,
 };
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::ops::causal_conv1d::{ConvGradients, ConvInputs};
 use crate::tensor::{DType, View};
 
@@ -15,8 +15,6 @@ const STEP: usize = 256;
 const UNIT: usize = 8;
 /// Tokens of a span at least, for its halo not to count.
 const MIN_SPAN: usize = 32;
-/// Positions are 32-bit numbers, also those some batches past the last token.
-const MAX_SEQLEN: usize = i32::MAX as usize - 4096;
 /// Spans for each block that runs at once, for multiprocessors to end together: forward and backward along channels, where
 /// each has a halo to load and backward's blocks go from span to span; along tokens.
 const WAVES_FORWARD: usize = 6;
@@ -100,28 +98,23 @@ impl Plan {
 
     fn params(&self, inputs: &ConvInputs, tokens: usize) -> Result<OxiConv> {
         let dims = inputs.dims;
-        if dims.seqlen >= MAX_SEQLEN {
-            return Err(Error::Unsupported {
-                arg: "x",
-                got: format!("seqlen = {}", dims.seqlen),
-                allowed: format!("seqlen < {MAX_SEQLEN} on cuda"),
-            });
-        }
+        let seqlen = params::seqlen(dims.seqlen)?;
         let spans_of_sequence = dims.seqlen.div_ceil(tokens).max(1);
         let ndocs = inputs.cu_seqlens.as_ref().map_or(1, |bounds| bounds.shape[0] - 1);
-        let wide = |dtype: DType| i32::from(dtype == DType::F32);
         let row = OXI_EXACT_CONV_WIDTH as usize;
         let weight_is_dense = dims.width == row && params::is_dense(&inputs.weight, row);
         Ok(OxiConv {
             dim: params::size("x", "dim", dims.dim)?,
             width: dims.width as i32,
-            seqlen: dims.seqlen as i32,
+            seqlen,
             ndocs: params::size("cu_seqlens", "ndocs", ndocs)?,
             silu: inputs.silu.into(),
             dense: self.flag(Some(&inputs.x), OXI_CONV_X)
                 | if weight_is_dense { OXI_CONV_WEIGHT as i32 } else { 0 },
-            wide_weight: wide(inputs.weight.dtype),
-            wide_initial_states: inputs.initial_states.map_or(0, |states| wide(states.dtype)),
+            wide_weight: params::is_wide(inputs.weight.dtype),
+            wide_initial_states: inputs
+                .initial_states
+                .map_or(0, |states| params::is_wide(states.dtype)),
             state_a_document: inputs.initial_states.is_some_and(|s| s.shape[0] == ndocs).into(),
             channel_blocks: params::size("x", "dim", self.channel_blocks)? as u32,
             tokens: tokens as i32,

@@ -123,6 +123,24 @@ pub fn dtype(dtype: DType) -> u32 {
     }
 }
 
+/// Whether a tensor that may be fp32 or of the first one's dtype is fp32.
+pub fn is_wide(dtype: DType) -> i32 {
+    (dtype == DType::F32).into()
+}
+
+/// A number of tokens: positions are 32-bit numbers in kernels, also those some tiles or batches past the last token.
+pub fn seqlen(seqlen: usize) -> Result<i32> {
+    const LIMIT: usize = i32::MAX as usize - 4096;
+    if seqlen >= LIMIT {
+        return Err(Error::Unsupported {
+            arg: "x",
+            got: format!("seqlen = {seqlen}"),
+            allowed: format!("seqlen < {LIMIT} on cuda"),
+        });
+    }
+    Ok(seqlen as i32)
+}
+
 /// A size that a kernel counts in 32 bits: of a single dimension, never a product of two.
 pub fn size(arg: &'static str, name: &str, size: usize) -> Result<i32> {
     i32::try_from(size).map_err(|_| Error::Unsupported {

@@ -1,7 +1,7 @@
 //! Decode steps on CUDA: which instance serves a call, and its launch.
 
 use super::launch::{Block, Stream, WARP};
-use super::params::{self, OxiStateUpdate, VECTOR, is_dense};
+use super::params::{self, OxiStateUpdate, VECTOR, is_dense, is_wide};
 use crate::error::{Error, Result};
 use crate::ops::selective_state_update::StateUpdateInputs;
 use crate::tensor::{DType, View};
@@ -64,7 +64,6 @@ pub fn update(
         && inputs.A.is_expanded(1)
         && inputs.A.is_expanded(2)
         && inputs.dt_bias.as_ref().is_none_or(|bias| bias.is_expanded(1));
-    let is_wide = |dtype: DType| i32::from(dtype == DType::F32);
     let params = OxiStateUpdate {
         seqlen: params::size("x", "seqlen", dims.seqlen())?,
         heads_per_group: (dims.nheads() / dims.ngroups()) as i32,

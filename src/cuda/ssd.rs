@@ -13,8 +13,6 @@ pub const HEADDIMS: [usize; 4] = [64, 80, 96, 128];
 pub const DSTATES: [usize; 3] = [64, 128, 256];
 /// Headdim and dstate at most.
 pub const MAX_SIZE: usize = 256;
-/// Positions are 32-bit numbers, also those some tiles past the last token.
-const MAX_SEQLEN: usize = i32::MAX as usize - 4096;
 
 /// Of the kernel with wgmma: a block's threads for each of DSTATES.
 const WGMMA_THREADS: [usize; 3] = [512, 640, 512];
@@ -244,37 +242,32 @@ fn params_of(
     slices: &Slices,
 ) -> Result<OxiSsd> {
     let dims = inputs.dims;
-    if dims.seqlen >= MAX_SEQLEN {
-        return Err(Error::Unsupported {
-            arg: "x",
-            got: format!("seqlen = {}", dims.seqlen),
-            allowed: format!("seqlen < {MAX_SEQLEN} on cuda"),
-        });
-    }
+    let seqlen = params::seqlen(dims.seqlen)?;
     let (seq_idx, cu_seqlens) = match &inputs.packing {
         Packing::Tokens { seq_idx, cu_seqlens } => (seq_idx.as_ref(), cu_seqlens.as_ref()),
         Packing::Chunks { .. } => unreachable!("chunks of the caller's are the CPU backend's"),
     };
     let ndocs = cu_seqlens.map_or(1, |bounds| bounds.shape[0] - 1);
-    let is_wide = |dtype: DType| i32::from(dtype == DType::F32);
     Ok(OxiSsd {
-        seqlen: dims.seqlen as i32,
+        seqlen,
         nheads: params::size("x", "nheads", dims.nheads)?,
         heads_per_group: dims.heads_per_group() as i32,
         headdim: dims.headdim as i32,
         dstate: dims.dstate as i32,
         ndocs: params::size("cu_seqlens", "ndocs", ndocs)?,
         segments: 1,
-        segment_tokens: dims.seqlen as i32,
+        segment_tokens: seqlen,
         slices: slices.count as i32,
         slice: slices.size as i32,
         slice_step: slices.step as i32,
         dt_softplus: inputs.dt_softplus.into(),
         dt_min: inputs.dt_limit.0 as f32,
         dt_max: inputs.dt_limit.1 as f32,
-        wide_dt: is_wide(inputs.dt.dtype),
-        wide_D: inputs.D.map_or(0, |D| is_wide(D.dtype)),
-        wide_initial_states: inputs.initial_states.map_or(0, |states| is_wide(states.dtype)),
+        wide_dt: params::is_wide(inputs.dt.dtype),
+        wide_D: inputs.D.map_or(0, |D| params::is_wide(D.dtype)),
+        wide_initial_states: inputs
+            .initial_states
+            .map_or(0, |states| params::is_wide(states.dtype)),
         varlen_dtype: states.varlen_states.map_or(0, |states| params::dtype(states.dtype) as i32),
         state_a_document: inputs.initial_states.is_some_and(|s| s.shape[0] == ndocs).into(),
         cu_seqlens_are_64_bit: cu_seqlens.is_some_and(|b| b.dtype == DType::I64).into(),

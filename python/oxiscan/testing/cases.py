@@ -54,6 +54,11 @@ def _mamba2_step(*, headdim: int, **sizes: Any) -> dict[str, Tensor]:
     return tensors | {"A": A[:, :1, :1].float().contiguous().expand_as(A)}
 
 
+_HYBRID8B_TP4 = {
+    "batch": 4, "seqlen": 4096, "nheads": 32, "headdim": 64, "ngroups": 2, "dstate": 128, "chunk_size": 128,
+}  # fmt: skip
+
+
 def _mamba2(name: str, *, width: int = 4, **ssd: Any) -> list[Case]:
     """A Mamba-2 mixer's ops in the sizes of its scan."""
     chunk_size = ssd.pop("chunk_size")
@@ -95,12 +100,8 @@ def _mamba2(name: str, *, width: int = 4, **ssd: Any) -> list[Case]:
 
 def _scan_sizes(*other: tuple[str, int]) -> list[Case]:
     """The scan of hybrid8b_tp4 with one size other than there, for each of these."""
-    sizes = {"batch": 4, "seqlen": 4096, "nheads": 32, "headdim": 64, "ngroups": 2, "dstate": 128}
-    options = {"chunk_size": 128, "dt_softplus": True}
-    return [
-        Case(f"{name}{size}/ssd", "mamba_chunk_scan_combined", _mamba2_scan, sizes | {name: size}, options)
-        for name, size in other
-    ]
+    scan = _mamba2("hybrid8b_tp4", **_HYBRID8B_TP4)[0]
+    return [scan._replace(name=f"{name}{size}/ssd", sizes=scan.sizes | {name: size}) for name, size in other]
 
 
 def _mamba1(name: str, **scan: Any) -> list[Case]:
@@ -145,7 +146,7 @@ _CASES = [
     *_mamba1("cpu", batch=1, seqlen=2048, dim=512, dstate=16),
     *_step("cpu", _mamba2_step, 8, nheads=8, headdim=64, ngroups=1, dstate=64),
     # arXiv 2406.07887's 8B hybrid: at tensor parallel 4 and micro-batch 4, on one GPU, in a long context. Mamba-2 2.7B.
-    *_mamba2("hybrid8b_tp4", batch=4, seqlen=4096, nheads=32, headdim=64, ngroups=2, dstate=128, chunk_size=128),
+    *_mamba2("hybrid8b_tp4", **_HYBRID8B_TP4),
     *_mamba2("hybrid8b_tp1", batch=1, seqlen=4096, nheads=128, headdim=64, ngroups=8, dstate=128, chunk_size=128),
     *_mamba2("long128k", batch=1, seqlen=131072, nheads=32, headdim=64, ngroups=2, dstate=128, chunk_size=128),
     *_mamba2("mamba2_2p7b", batch=8, seqlen=2048, nheads=80, headdim=64, ngroups=1, dstate=128, chunk_size=256),
