@@ -62,15 +62,16 @@ struct Walk {
   }
 };
 
-// The tokens of a walk, tile after tile. Every lane of a warp has the same values; seq_idx and cu_seqlens are read by all 32.
-struct Tiles {
-  // The present tile, and whether a run begins with it.
+// A tile: none if its size is 0. Whether a run begins with it; whether another run, or nothing, comes after it.
+struct alignas(16) Span {
   int begin;
   int size;
   int starts;
-  // Whether another run, or nothing, comes after it.
   int ends;
+};
 
+// The tokens of a walk, tile after tile. Every lane of a warp has the same values; seq_idx and cu_seqlens are read by all 32.
+struct Tiles : Span {
   __device__ __forceinline__ Tiles(const OxiSsd &p, const Walk &walk)
       : p(p), ids(p.seq_idx == nullptr ? nullptr : p.seq_idx + walk.b * p.seq_idx_stride[0]), end(walk.end) {
     begin = walk.begin;

@@ -61,9 +61,14 @@ __device__ __forceinline__ void keep_in_place(float (&d)[N]) {
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define OXI_D24 OXI_D8(0), OXI_D8(8), OXI_D8(16)
 #define OXI_D32 OXI_D24, OXI_D8(24)
+#define OXI_D64 OXI_D32, OXI_D8(32), OXI_D8(40), OXI_D8(48), OXI_D8(56)
 #define OXI_NAMES24 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23"
 #define OXI_NAMES32 OXI_NAMES24 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define OXI_NAMES64                                                                                                  \
+  OXI_NAMES32                                                                                                        \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, " \
+  "%54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define OXI_PRODUCT(columns, names) \
   "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." OXI_TEXT(ELEMENT) "." OXI_TEXT(ELEMENT) " {" names "}, "
 
@@ -99,6 +104,7 @@ struct Product;
 
 OXI_PRODUCT_OF(48, OXI_NAMES24, OXI_D24, "%24", "%25", "%26", "%27", "%28")
 OXI_PRODUCT_OF(64, OXI_NAMES32, OXI_D32, "%32", "%33", "%34", "%35", "%36")
+OXI_PRODUCT_OF(128, OXI_NAMES64, OXI_D64, "%64", "%65", "%66", "%67", "%68")
 
 // The counterpart of load_transposed (shared_memory.cuh).
 __device__ __forceinline__ void store_transposed(unsigned address, const unsigned (&words)[4]) {

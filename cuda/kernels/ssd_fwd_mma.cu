@@ -48,14 +48,6 @@ constexpr int kThreads = (kWarps + 1) * kWarp;
 // Fours of a block's rows of the state, in segment_states.
 constexpr int kSegmentFours = kSlice * kDstate / 4;
 
-// A tile: none if its size is 0.
-struct Span {
-  int begin;
-  int size;
-  int starts;
-  int ends;
-};
-
 // What dt and A make of a tile's tokens. Past its size dt is 0 and l that of the last token.
 struct Vectors {
   // log2 of the decay from the tile's start, and the decay.
@@ -102,13 +94,14 @@ struct Stage {
 };
 static_assert(sizeof(Shared) + (kDstate > 128 ? 1 : 2) * sizeof(Stage) <= 99 * 1024);
 
-template <int kBarrier, int kCount>
-__device__ __forceinline__ void synchronize() {
-  asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kCount) : "memory");
+// Of all threads. The clock's and the others' are at different places in the code, which `bar.sync` is not made for.
+__device__ __forceinline__ void synchronize_all() {
+  asm volatile("barrier.sync 0, %0;" ::"n"(kThreads) : "memory");
 }
-// Of all threads; of all but the clock's.
-__device__ __forceinline__ void synchronize_all() { synchronize<0, kThreads>(); }
-__device__ __forceinline__ void synchronize_rows() { synchronize<1, kThreads - kWarp>(); }
+// Of all but the clock's.
+__device__ __forceinline__ void synchronize_rows() {
+  asm volatile("bar.sync 1, %0;" ::"n"(kThreads - kWarp) : "memory");
+}
 
 // A value that the compiler knows nothing of: what is made of it is then computed where it is needed, rather than before the
 // loop over tiles, in registers through all of it.
@@ -143,7 +136,7 @@ __device__ __forceinline__ void keep_time(const OxiSsd &p, Shared &shared) {
   bool more;
   const auto next = [&](int i) {
     more = tile.next();
-    if (lane == 0) shared.spans[i % 4] = more ? Span{tile.begin, tile.size, tile.starts, tile.ends} : Span{};
+    if (lane == 0) shared.spans[i % 4] = more ? static_cast<const Span &>(tile) : Span{};
   };
   // Of the state that enters the walk, at its end.
   float decay = 1.0f;

@@ -5,7 +5,7 @@
 // base 2, l = cumsum(dt A) within the tile:
 //
 //   S = C B^T      M[t, s] = S[t, s] 2^(l[t] - l[s]) dt[s] for t >= s, else 0
-//   Y = M X + 2^l[t] (C H^T) + D X      out = Y silu(z)      (one D a head is added to M's diagonal)
+//   Y = M X + 2^l[t] (C H^T) + D X      out = Y silu(z)
 //   H' = 2^l[end] H + X^T diag(dt 2^(l[end] - l)) B
 //
 // Grid: a block has a segment of a sequence, for one head, or for a slice of it (kHeaddim rows of the state).
@@ -14,20 +14,20 @@
 //   loads     Four warps, each with every kStages-th tile and a stage of the ring: where tiles end, dt and l, bulk copies of
 //             x, B and C. After the last tile come empty ones, for the others to stop at.
 //   outputs   kOutputGroups of them, each with every kOutputGroups-th tile: S, M, Y and out. S and C H^T by products from
-//             shared memory, M X with M in registers.
-//   states    kStateGroups of them, each with H^T in accumulators, 64 rows of dstate for each of kBlocks products. At a
-//             tile's start they write it, rounded, to shared memory for the outputs. B^T is scaled in registers.
+//             shared memory, M X with M in registers, but for M's diagonal, which is added with D in full.
+//   states    kStateGroups of them, each with H in accumulators, up to 128 columns. At a tile's start they write it, rounded,
+//             to shared memory for the outputs. X^T is scaled in registers, during the products of the tile before.
 //
 // Barriers: full[stage]: the vectors and copies of a tile are there; where the run ends within the tile the copies come to
 // landed[stage] first, and the loads clear the rows past that first. empty[stage]: those that work on the tile no longer
-// need them. state_full[group]: H is there, state_empty[group]: the products of that group of the outputs no longer read it.
+// need them. state_full[group]: H is there for that group of the outputs. state_empty[buffer]: their products no longer read it.
 //
 // A document's tokens are multiplied with nothing of another's: a tile is of one run, rows past its tokens are zeros, and
 // the state at a run's start is assigned.
 //
-// Shared memory: Storage below, 129 to 216 KB: a ring of kStages times X, B, C in slabs of 64 columns (wgmma.cuh), H, out.
+// Shared memory: Storage below: a ring of kStages times X, B, C in slabs of 64 columns (wgmma.cuh), H, out.
 //
-// fp32: dt, l and the powers, S, Y, H, all sums. Rounded to Element: M, H and dt B as operands.
+// fp32: dt, l and the powers, S, Y, H, M's diagonal, all sums. Rounded to Element: the rest of M, H and dt X as operands.
 
 #include "barrier.cuh"
 #include "ssd.cuh"
@@ -41,23 +41,27 @@ constexpr int kHeaddim = HEADDIM;
 constexpr int kDstate = DSTATE;
 
 constexpr int kWarpgroup = 128;
-constexpr int kBlocks = kDstate == 256 ? 2 : 1;
-constexpr int kStateGroups = kDstate / 64 / kBlocks;
-constexpr int kOutputGroups = kDstate == 256 ? 1 : 2;
+// Of dstate, what a warpgroup has of the state.
+constexpr int kColumns = kDstate < 128 ? kDstate : 128;
+constexpr int kStateGroups = kDstate / kColumns;
+constexpr int kOutputGroups = 4 - kStateGroups;
 constexpr int kThreads = (kOutputGroups + kStateGroups + 1) * kWarpgroup;
-// Registers of a thread at first, as each warpgroup has a warp on each of a multiprocessor's four parts; and later, found by
-// trial.
+// Registers of a thread at first, as each warpgroup has a warp on each of a multiprocessor's four parts; and later.
 constexpr int kRegisters = 65536 / kThreads / 8 * 8;
-constexpr int kLoadRegisters = kDstate == 128 ? 32 : 64;
-constexpr int kStateRegisters = kDstate == 128 ? 80 : kDstate == 256 ? 144 : 160;
+constexpr int kLoadRegisters = 24;
+constexpr int kStateRegisters = kDstate == 256 ? 128 : 144;
 constexpr int kOutputRegisters =
-    (kThreads / kWarpgroup * kRegisters - kLoadRegisters - kStateGroups * kStateRegisters) / kOutputGroups;
+    (kThreads / kWarpgroup * kRegisters - kLoadRegisters - kStateGroups * kStateRegisters) / kOutputGroups / 8 * 8;
+
+// Rows of a warpgroup's products.
+constexpr int kRows = 64;
 
 constexpr int kSlabBytes = kTile * kSlabRowBytes;
 constexpr int kSlabsOfB = kDstate / kSlabColumns;
 // Of the state as (headdim, dstate).
 constexpr int kStateSlabBytes = kHeaddim * kSlabRowBytes;
 constexpr int kStages = kDstate == 256 ? 2 : 4;
+constexpr int kStateBuffers = kDstate == 256 ? 1 : 2;
 
 struct Stage {
   unsigned char x[kSlabBytes];
@@ -65,28 +69,33 @@ struct Stage {
   unsigned char C[kSlabsOfB * kSlabBytes];
 };
 
+// Where a token's value is in a vector of a tile, so that what a thread needs in one step of 16 tokens moves in one access:
+// the values of an operand's columns 2 (lane % 4) + {0, 1} and those 8 on; of rows lane / 4 and those 8 on.
+__device__ __forceinline__ int by_column(int t) { return t / 16 * 16 + t % 8 / 2 * 4 + t / 8 % 2 * 2 + t % 2; }
+__device__ __forceinline__ int by_row(int t) { return t / 16 * 16 + t % 8 * 2 + t / 8 % 2; }
+
 // What dt and A make of a tile, and which one it is; of no tokens after the last one.
 struct Vectors {
-  // log2 of the decay from the tile's start, and the decay.
-  float l[kTile];
-  float entering[kTile];
+  Span tile;
+  // The decay over the tile.
+  float over_tile;
+  // By columns: log2 of the decay from the tile's start; dt; what remains at the tile's end of what a token adds.
+  alignas(16) float l[kTile];
   float dt[kTile];
-  // What remains at the tile's end of what a token adds.
   float leaving[kTile];
-  // Of a warp's 16 rows of M, left of its diagonal's 16 columns, where the power of a row and a column is of two factors,
-  // neither above 1: the decay from the row before the warp's first one, and what remains there of what a column's token
-  // adds; `columns` has those of warp 1, 2 and 3.
-  float rows[kTile];
+  // Of a warp's 16 rows of M, left of its diagonal's 16 columns, the power of a row and a column is of two factors, neither
+  // above 1: the decay from the row before the warp's first one, and what remains there of what a column's token adds. By
+  // columns those of warp 1, 2 and 3.
   float columns[(1 + 2 + 3) * 16];
-  int begin;
-  int size;
-  int starts;
-  int ends;
+  // By rows: the former factor; the decay from the tile's start, and its log2.
+  float rows[kTile];
+  float entering[kTile];
+  float l_of_row[kTile];
 };
 
 struct __align__(1024) Storage {
   Stage stages[kStages];
-  unsigned char state[kOutputGroups][kSlabsOfB * kStateSlabBytes];
+  unsigned char state[kStateBuffers][kSlabsOfB * kStateSlabBytes];
   unsigned char out[kOutputGroups][kSlabBytes];
   Vectors vectors[kStages];
   float D[kHeaddim];
@@ -94,7 +103,7 @@ struct __align__(1024) Storage {
   Barrier empty[kStages];
   Barrier landed[kStages];
   Barrier state_full[kOutputGroups];
-  Barrier state_empty[kOutputGroups];
+  Barrier state_empty[kStateBuffers];
 };
 static_assert(sizeof(Storage) <= 227 * 1024);
 
@@ -118,30 +127,32 @@ __device__ __forceinline__ void discretize(const OxiSsd &p, const Discretize &he
   float border[4] = {};
 #pragma unroll
   for (int warp = 1; warp < 4; ++warp) border[warp] = __shfl_sync(kAllLanes, l[1], 8 * warp - 1);
+  const int column = by_column(2 * lane);
+  const auto store = [&](float *vector, float first, float second) {
+    *reinterpret_cast<float2 *>(vector + column) = make_float2(first, second);
+  };
+  store(vectors.l, l[0], l[1]);
+  store(vectors.dt, dt[0], dt[1]);
+  store(vectors.leaving, dt[0] * fast_exp2(total - l[0]), dt[1] * fast_exp2(total - l[1]));
+  float own_border = 0.0f;
+#pragma unroll
+  for (int warp = 1; warp < 4; ++warp) {
+    if (2 * lane < 16 * warp) {
+      store(vectors.columns + warp * (warp - 1) / 2 * 16, dt[0] * fast_exp2(border[warp] - l[0]),
+            dt[1] * fast_exp2(border[warp] - l[1]));
+    } else {
+      own_border = border[warp];
+    }
+  }
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int t = 2 * lane + i;
-    vectors.l[t] = l[i];
-    vectors.entering[t] = fast_exp2(l[i]);
-    vectors.dt[t] = dt[i];
-    vectors.leaving[t] = dt[i] * fast_exp2(total - l[i]);
-    float own_border = 0.0f;
-#pragma unroll
-    for (int warp = 1; warp < 4; ++warp) {
-      if (t < 16 * warp) {
-        vectors.columns[warp * (warp - 1) / 2 * 16 + t] = dt[i] * fast_exp2(border[warp] - l[i]);
-      } else {
-        own_border = border[warp];
-      }
-    }
-    vectors.rows[t] = fast_exp2(l[i] - own_border);
+    const int row = by_row(2 * lane + i);
+    vectors.rows[row] = fast_exp2(l[i] - own_border);
+    vectors.entering[row] = fast_exp2(l[i]);
+    vectors.l_of_row[row] = l[i];
   }
-  if (lane == 0) {
-    vectors.begin = tile.begin;
-    vectors.size = tile.size;
-    vectors.starts = tile.starts;
-    vectors.ends = tile.ends;
-  }
+  if (lane == kWarp - 1) vectors.over_tile = fast_exp2(l[1]);
+  if (lane == 0) vectors.tile = tile;
 }
 
 // By one thread: a tile's x, B and C. `arrived` will have their bytes.
@@ -149,7 +160,7 @@ __device__ __forceinline__ void copy_tile(const OxiSsdMapped &p, const Walk &wal
   const int b = static_cast<int>(walk.b);
   arrived.expect((1 + (p.ssd.states_only ? 1 : 2) * kSlabsOfB) * kSlabBytes);
   copy_box(stage.x, p.x, walk.first, walk.head, begin, b, arrived);
-#pragma unroll
+#pragma unroll 1
   for (int slab = 0; slab < kSlabsOfB; ++slab) {
     const int column = slab * kSlabColumns;
     copy_box(stage.B + slab * kSlabBytes, p.B, column, walk.group, begin, b, arrived);
@@ -213,52 +224,45 @@ __device__ __forceinline__ void load(const OxiSsdMapped &mapped, const Walk &wal
   }
 }
 
-// M of a warp's 16 rows, as an operand: of products over 16 columns each. D is added along the diagonal, in full: what an
-// element of the operand does not hold of that sum is in `rest`, of the diagonal's 16 columns: of their upper left and
-// lower right 8 x 8.
+// M of a warp's 16 rows, as an operand: of products over 16 columns each. Its diagonal comes apart, in full, of a thread's two
+// rows.
 __device__ __forceinline__ void masked_products(const float (&S)[kTile / 2], const Vectors &vectors, int warp, int lane,
-                                                float D, unsigned (&M)[kTile / 16][4], unsigned (&rest)[2]) {
-  const int row = 16 * warp + lane / 4, column = 2 * (lane % 4);
-  const float rows[2] = {vectors.rows[row], vectors.rows[row + 8]};
-  const float *columns = vectors.columns + warp * (warp - 1) / 2 * 16 + column;
+                                                unsigned (&M)[kTile / 16][4], float (&diagonal)[2]) {
+  const auto load_column = [&](const float *vector, int k) {
+    return *reinterpret_cast<const float4 *>(vector + 16 * k + 4 * (lane % 4));
+  };
+  const auto load_rows = [&](const float *vector) {
+    return *reinterpret_cast<const float2 *>(vector + 16 * warp + 2 * (lane / 4));
+  };
+  const float2 rows = load_rows(vectors.rows);
 #pragma unroll
   for (int k = 0; k < kTile / 16; ++k) {
     const float *own = S + 8 * k;
     if (k < warp) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float2 factor = *reinterpret_cast<const float2 *>(columns + 16 * k + 8 * half);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float *pair = own + 4 * half + 2 * i;
-          M[k][2 * half + i] = join(pair[0] * factor.x * rows[i], pair[1] * factor.y * rows[i], Element());
-        }
-      }
+      const float4 factor = load_column(vectors.columns + warp * (warp - 1) / 2 * 16, k);
+      M[k][0] = join(own[0] * factor.x * rows.x, own[1] * factor.y * rows.x, Element());
+      M[k][1] = join(own[2] * factor.x * rows.y, own[3] * factor.y * rows.y, Element());
+      M[k][2] = join(own[4] * factor.z * rows.x, own[5] * factor.w * rows.x, Element());
+      M[k][3] = join(own[6] * factor.z * rows.y, own[7] * factor.w * rows.y, Element());
     } else if (k == warp) {
-      const float2 *l = reinterpret_cast<const float2 *>(vectors.l + 16 * k + column);
-      const float2 *dt = reinterpret_cast<const float2 *>(vectors.dt + 16 * k + column);
-      // The quadrant of 8 columns from 8 half on and 8 rows from 8 i on.
-      auto quadrant = [&](int half, int i, float (&values)[2]) {
-        const float l_t = vectors.l[row + 8 * i];
-        const float2 l_s = l[4 * half], dt_s = dt[4 * half];
-        values[0] = own[4 * half + 2 * i] * (fast_exp2(l_t - l_s.x) * dt_s.x);
-        values[1] = own[4 * half + 2 * i + 1] * (fast_exp2(l_t - l_s.y) * dt_s.y);
+      const float4 l = load_column(vectors.l, k), dt = load_column(vectors.dt, k);
+      const float2 l_t = load_rows(vectors.l_of_row);
+      const auto power = [](float l_t, float l_s, float dt) { return fast_exp2(l_t - l_s) * dt; };
+      // Quadrants of 8 columns and 8 rows: upper left, lower left, lower right.
+      const float values[3][2] = {
+          {own[0] * power(l_t.x, l.x, dt.x), own[1] * power(l_t.x, l.y, dt.y)},
+          {own[2] * power(l_t.y, l.x, dt.x), own[3] * power(l_t.y, l.y, dt.y)},
+          {own[6] * power(l_t.y, l.z, dt.z), own[7] * power(l_t.y, l.w, dt.w)},
       };
-      const int past = column - lane / 4;
+      const int past = 2 * (lane % 4) - lane / 4;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        float values[2];
-        quadrant(i, i, values);
-        values[0] = (past <= 0 ? values[0] : 0.0f) + (past == 0 ? D : 0.0f);
-        values[1] = (past < 0 ? values[1] : 0.0f) + (past == -1 ? D : 0.0f);
-        const unsigned word = join(values[0], values[1], Element());
-        M[k][3 * i] = word;
-        rest[i] = join(past == 0 ? values[0] - low(word, Element()) : 0.0f,
-                       past == -1 ? values[1] - high(word, Element()) : 0.0f, Element());
+        const float(&pair)[2] = values[2 * i];
+        M[k][3 * i] = join(past < 0 ? pair[0] : 0.0f, past < -1 ? pair[1] : 0.0f, Element());
+        // Of the row's lanes the one that has it.
+        diagonal[i] = __shfl_sync(kAllLanes, lane / 4 % 2 == 0 ? pair[0] : pair[1], lane / 4 * 4 + lane / 8);
       }
-      float values[2];
-      quadrant(0, 1, values);
-      M[k][1] = join(values[0], values[1], Element());
+      M[k][1] = join(values[1][0], values[1][1], Element());
       M[k][2] = 0;
     } else {
 #pragma unroll
@@ -270,81 +274,71 @@ __device__ __forceinline__ void masked_products(const float (&S)[kTile / 2], con
 __device__ __forceinline__ void write_outputs(const OxiSsdMapped &mapped, const Walk &walk, Storage &storage, int group) {
   const OxiSsd &p = mapped.ssd;
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / kWarp % 4, 0);
-  const unsigned state = operand(shared_address(storage.state[group]), 0);
   unsigned char *staged = storage.out[group];
-  // One value a head goes along with M, other ones are multiplied here.
-  const bool D_of_head = p.D.data != nullptr && p.D.stride[1] == 0, D_of_element = p.D.data != nullptr && !D_of_head;
   unsigned state_parity = 0;
   Ring at;
-  for (int i = 0; i < group; ++i) at.advance();
+  RingPosition<kStateBuffers> buffer;
+  for (int i = 0; i < group; ++i) at.advance(), buffer.advance();
   for (;;) {
     storage.full[at.stage].wait(at.parity);
     const Vectors &vectors = storage.vectors[at.stage];
-    const int begin = vectors.begin, size = vectors.size;
+    const int begin = vectors.tile.begin, size = vectors.tile.size;
     if (size == 0) break;
     // Where a thread's elements are is computed anew for each tile: kept, it would take registers.
     int lane = threadIdx.x % kWarp;
     asm volatile("" : "+r"(lane));
     const int row = 16 * warp + lane / 4, column = 2 * (lane % 4);
+    // Of blocks of 16 rows, the one that the lane names.
+    const int block_row = 16 * warp + lane % 16;
     const Stage &stage = storage.stages[at.stage];
     const unsigned x = operand(shared_address(stage.x), kSlabBytes);
     const unsigned B = operand(shared_address(stage.B), 0), C = operand(shared_address(stage.C), 0);
     float S[kTile / 2], Y[kHeaddim / 2];
     products_begin();
-    // Eight at a time, for operands to take few registers.
-#pragma unroll 8
+#pragma unroll
     for (int k = 0; k < kDstate / 16; ++k) {
       Product<kTile>::of_shared(S, C + along_k(k, kSlabBytes), B + along_k(k, kSlabBytes), k > 0);
     }
     end_of_products();
+    const unsigned state = operand(shared_address(storage.state[buffer.stage]), 0);
     storage.state_full[group].wait(state_parity);
-#pragma unroll 8
+#pragma unroll
     for (int k = 0; k < kDstate / 16; ++k) {
       Product<kHeaddim>::of_shared(Y, C + along_k(k, kSlabBytes), state + along_k(k, kStateSlabBytes), k > 0);
     }
     end_of_products();
 
-    unsigned M[kTile / 16][4], rest[2];
+    unsigned M[kTile / 16][4];
+    float diagonal[2];
     wait_for_products<1>();
     keep_in_place(S);
-    masked_products(S, vectors, warp, lane, D_of_head ? storage.D[0] : 0.0f, M, rest);
-    const float entering[2] = {vectors.entering[row], vectors.entering[row + 8]};
+    masked_products(S, vectors, warp, lane, M, diagonal);
+    const float2 entering = *reinterpret_cast<const float2 *>(vectors.entering + 16 * warp + 2 * (lane / 4));
     wait_for_products<0>();
     keep_in_place(Y);
-    storage.state_empty[group].arrive();
+    storage.state_empty[buffer.stage].arrive();
 #pragma unroll
-    for (int i = 0; i < kHeaddim / 2; ++i) Y[i] *= entering[i / 2 % 2];
+    for (int j = 0; j < kHeaddim / 8; j += 2) {
+      unsigned words[4];
+      load_blocks(words, shared_address(stage.x) + slab_offset(block_row, j + lane / 16));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 D = *reinterpret_cast<const float2 *>(storage.D + 8 * (j + i / 2) + column);
+        const float over_rows = i % 2 == 0 ? entering.x : entering.y;
+        float *y = Y + 4 * j + 2 * i;
+        y[0] = fmaf(y[0], over_rows, (diagonal[i % 2] + D.x) * low(words[i], Element()));
+        y[1] = fmaf(y[1], over_rows, (diagonal[i % 2] + D.y) * high(words[i], Element()));
+      }
+    }
     keep_in_place(Y);
     products_begin();
 #pragma unroll
     for (int k = 0; k < kTile / 16; ++k) {
       Product<kHeaddim>::of_registers(Y, M[k], x + across_k(k));
     }
-    if (D_of_head) {
-#pragma unroll
-      for (int k = 0; k < kTile / 16; ++k) {
-        const unsigned operand[4] = {k == warp ? rest[0] : 0, 0, 0, k == warp ? rest[1] : 0};
-        Product<kHeaddim>::of_registers(Y, operand, x + across_k(k));
-      }
-    }
     end_of_products();
     wait_for_products<0>();
     keep_in_place(Y);
-
-    if (__builtin_expect(D_of_element, 0)) {
-#pragma unroll
-      for (int j = 0; j < kHeaddim / 8; ++j) {
-        const float2 D = *reinterpret_cast<const float2 *>(storage.D + 8 * j + column);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int at_x = slab_offset(row + 8 * half, j) + 2 * column;
-          const unsigned word = *reinterpret_cast<const unsigned *>(stage.x + at_x);
-          float *y = Y + 4 * j + 2 * half;
-          y[0] = fmaf(D.x, low(word, Element()), y[0]);
-          y[1] = fmaf(D.y, high(word, Element()), y[1]);
-        }
-      }
-    }
     storage.empty[at.stage].arrive();
     if (__builtin_expect(p.z.data != nullptr, 0)) {
       const Element *z = rows_of(p.z, walk.b, walk.head, walk.first + column);
@@ -367,11 +361,10 @@ __device__ __forceinline__ void write_outputs(const OxiSsdMapped &mapped, const 
     __syncwarp();
 #pragma unroll
     for (int j = 0; j < kHeaddim / 8; j += 2) {
-      const int block = lane / 8, chunk = j + block / 2;
       unsigned words[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) words[i] = join(Y[4 * j + 2 * i], Y[4 * j + 2 * i + 1], Element());
-      store_blocks(shared_address(staged) + slab_offset(16 * warp + block % 2 * 8 + lane % 8, chunk), words);
+      store_blocks(shared_address(staged) + slab_offset(block_row, j + lane / 16), words);
     }
     // A tile's rows past its tokens are another run's, or lie past the sequence's end, where bulk copies end too.
     const bool in_boxes = kStoresBoxes && (size == kTile || begin + size == p.seqlen);
@@ -391,15 +384,15 @@ __device__ __forceinline__ void write_outputs(const OxiSsdMapped &mapped, const 
         if (t < size) *reinterpret_cast<uint4 *>(out + t * p.out.stride[1] + 8 * chunk) = words;
       }
     }
-    for (int i = 0; i < kOutputGroups; ++i) at.advance();
+    for (int i = 0; i < kOutputGroups; ++i) at.advance(), buffer.advance();
     state_parity ^= 1;
   }
   if (kStoresBoxes && threadIdx.x % kWarp == 0) wait_for_box_reads();
 }
 
-// A thread's part of the state, as (dstate, headdim): kBlocks times 64 rows.
+// A thread's part of the state: kColumns columns of a warpgroup's 64 rows, of which there may be kHeaddim.
 struct State {
-  float value[kBlocks][kHeaddim / 2];
+  float value[kColumns / 2];
   // Of the warpgroups with states, which one this is.
   int group = __shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0) - kOutputGroups;
 
@@ -410,21 +403,17 @@ struct State {
   __device__ __forceinline__ void each(const OxiTensor4 &states, Visit visit) {
     int thread = threadIdx.x % kWarpgroup;
     asm volatile("" : "+r"(thread));
-    const int row = group * kBlocks * 64 + thread / kWarp * 16 + thread % kWarp / 4, column = 2 * (thread % 4);
-    long long offset = column * states.stride[2] + row * states.stride[3];
+    const int row = thread / kWarp * 16 + thread % kWarp / 4, column = group * kColumns + 2 * (thread % 4);
+    long long offset = row * states.stride[2] + column * states.stride[3];
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
+    for (int j = 0; j < kColumns / 8; ++j) {
 #pragma unroll
-      for (int j = 0; j < kHeaddim / 8; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          visit(value[block][4 * j + i], offset + i % 2 * states.stride[2] + i / 2 * 8 * states.stride[3]);
-        }
-        offset += 8 * states.stride[2];
-        asm volatile("" : "+l"(offset));
-        if (j % 2 == 1) wait_for_warpgroup();
+      for (int i = 0; i < 4; ++i) {
+        if (row < kHeaddim) visit(value[4 * j + i], offset + i % 2 * states.stride[3] + i / 2 * 8 * states.stride[2]);
       }
-      offset += 64 * states.stride[3] - kHeaddim * states.stride[2];
+      offset += 8 * states.stride[3];
+      asm volatile("" : "+l"(offset));
+      if (j % 2 == 1) wait_for_warpgroup();
     }
   }
 
@@ -434,15 +423,13 @@ struct State {
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-#pragma unroll
-      for (int i = 0; i < kHeaddim / 2; ++i) value[block][i] = 0.0f;
-    }
+    for (int i = 0; i < kColumns / 2; ++i) value[i] = 0.0f;
   }
 
   // Row `row` of the initial states; zeros if it is negative.
   __device__ __forceinline__ void load_initial(const OxiSsd &p, const Walk &walk, long long row) {
-    if (row < 0) return clear();
+    clear();
+    if (row < 0) return;
     if (p.wide_initial_states) {
       load<float>(p.initial_states, walk, row);
     } else {
@@ -473,8 +460,7 @@ struct State {
     if (p.varlen_states.data == nullptr) return;
     for_documents_ending_at(p, walk.b, end, [&](long long row, long long initial) {
       // Not rounded to every dtype ahead of the loop over documents.
-#pragma unroll
-      for (int block = 0; block < kBlocks; ++block) keep_in_place(value[block]);
+      keep_in_place(value);
       if (initial >= -1) {
         copy_initial(p, walk, initial, p.varlen_states, p.varlen_dtype, row);
       } else if (p.varlen_dtype == OXI_F32) {
@@ -504,22 +490,18 @@ struct State {
     }
   }
 
-  // Where this thread's elements of what a segment adds are, in fours that are kStateGroups * kWarpgroup fours apart.
+  // Where this thread's elements of what a segment adds are, in fours that kStateGroups * kWarpgroup fours apart.
   __device__ static __forceinline__ float4 *in_segment(const OxiSsd &p, const Walk &walk, int part) {
     const long long index = walk.of_part(p, part) * p.slices + walk.slice;
-    return reinterpret_cast<float4 *>(p.segment_states) + index * (kHeaddim * kDstate / 4) +
+    return reinterpret_cast<float4 *>(p.segment_states) + index * (kRows * kDstate / 4) +
            (threadIdx.x - kOutputGroups * kWarpgroup);
   }
 
   __device__ __forceinline__ void store_segment(const OxiSsd &p, const Walk &walk) const {
     float4 *to = in_segment(p, walk, walk.segment);
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-#pragma unroll
-      for (int i = 0; i < kHeaddim / 2; i += 4) {
-        const float *own = value[block] + i;
-        to[(block * (kHeaddim / 8) + i / 4) * (kStateGroups * kWarpgroup)] = make_float4(own[0], own[1], own[2], own[3]);
-      }
+    for (int i = 0; i < kColumns / 2; i += 4) {
+      to[i / 4 * (kStateGroups * kWarpgroup)] = make_float4(value[i], value[i + 1], value[i + 2], value[i + 3]);
     }
   }
 
@@ -529,23 +511,17 @@ struct State {
 #pragma unroll 1
     for (int part = 0; part < Walk::parts_before(walk.segment); ++part) {
       const float decay = p.segment_decays[walk.of_part(p, part)];
-#pragma unroll
-      for (int block = 0; block < kBlocks; ++block) keep_in_place(value[block]);
+      // A state that another run begins after may not be finite.
+      if (decay == 0.0f) clear();
+      keep_in_place(value);
       const float4 *from = in_segment(p, walk, part);
 #pragma unroll
-      for (int block = 0; block < kBlocks; ++block) {
+      for (int i = 0; i < kColumns / 2; i += 4) {
+        const float4 four = from[i / 4 * (kStateGroups * kWarpgroup)];
+        const float added[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-        for (int i = 0; i < kHeaddim / 2; i += 4) {
-          const float4 added = from[(block * (kHeaddim / 8) + i / 4) * (kStateGroups * kWarpgroup)];
-          const float words[4] = {added.x, added.y, added.z, added.w};
-          // A state that another run begins after is not multiplied: it may not be finite.
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            float &own = value[block][i + e];
-            own = decay == 0.0f ? words[e] : fmaf(decay, own, words[e]);
-          }
-          if (i % 8 == 4) wait_for_warpgroup();
-        }
+        for (int e = 0; e < 4; ++e) value[i + e] = fmaf(decay, value[i + e], added[e]);
+        if (i % 8 == 4) wait_for_warpgroup();
       }
     }
   }
@@ -553,26 +529,63 @@ struct State {
   // For the outputs' products.
   __device__ __forceinline__ void publish(unsigned char *slabs) const {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp % 4;
-    const int matrix = lane / 8;
+    if (16 * warp >= kHeaddim) return;
+    const int row = 16 * warp + lane % 16;
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-      const unsigned slab = shared_address(slabs) + (group * kBlocks + block) * kStateSlabBytes;
+    for (int j = 0; j < kColumns / 8; j += 2) {
+      const unsigned slab = shared_address(slabs) + (group * kColumns / kSlabColumns + j / 8) * kStateSlabBytes;
+      unsigned words[4];
 #pragma unroll
-      for (int j = 0; j < kHeaddim / 8; j += 2) {
-        unsigned words[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          words[i] = join(value[block][4 * j + 2 * i], value[block][4 * j + 2 * i + 1], Element());
-        }
-        store_transposed(slab + slab_offset(8 * (j + matrix / 2) + lane % 8, 2 * warp + matrix % 2), words);
-      }
+      for (int i = 0; i < 4; ++i) words[i] = join(value[4 * j + 2 * i], value[4 * j + 2 * i + 1], Element());
+      store_blocks(slab + slab_offset(row, j % 8 + lane / 16), words);
     }
   }
 };
 
+// What a tile adds to a state: an operand, X^T scaled by what remains at the tile's end of what each token adds; and how much
+// the state before it decays.
+struct Step {
+  unsigned leaving[kTile / 16][4];
+  float over_tile;
+
+  __device__ __forceinline__ void load(const Stage &stage, const Vectors &vectors) {
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp % 4;
+    const int row = lane / 16 * 8 + lane % 8, chunk = 2 * warp + lane / 8 % 2;
+    over_tile = vectors.over_tile;
+    float4 factors[kTile / 16];
+#pragma unroll
+    for (int k = 0; k < kTile / 16; ++k) {
+      load_transposed(leaving[k], shared_address(stage.x) + slab_offset(16 * k + row, chunk));
+      factors[k] = *reinterpret_cast<const float4 *>(vectors.leaving + 16 * k + 4 * (lane % 4));
+    }
+    // Has the compiler ask for all of it first.
+    __syncwarp();
+#pragma unroll
+    for (int k = 0; k < kTile / 16; ++k) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        unsigned &word = leaving[k][i];
+        const float x = i < 2 ? factors[k].x : factors[k].z, y = i < 2 ? factors[k].y : factors[k].w;
+        word = join(low(word, Element()) * x, high(word, Element()) * y, Element());
+      }
+    }
+  }
+
+  // The next one, once the products with this one are done. They read registers until then, of which the compiler takes no
+  // notice: to have this one's used after them keeps it from giving them to the next one before.
+  __device__ __forceinline__ void replace(const Step &next) {
+    // 0, which it does not know.
+    const unsigned none = blockIdx.y;
+#pragma unroll
+    for (int k = 0; k < kTile / 16; ++k) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) leaving[k][i] = next.leaving[k][i] | (leaving[k][i] & none);
+    }
+    over_tile = next.over_tile;
+  }
+};
+
 __device__ __forceinline__ void walk_states(const OxiSsd &p, const Walk &walk, Storage &storage) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp % 4;
-  const int matrix = lane / 8;
   State state;
   if (p.states_only) {
     state.clear();
@@ -583,61 +596,53 @@ __device__ __forceinline__ void walk_states(const OxiSsd &p, const Walk &walk, S
   float decay = 1.0f;
   Ring at;
   RingPosition<kOutputGroups> output;
-  for (;;) {
-    storage.full[at.stage].wait(at.parity);
-    const Vectors &vectors = storage.vectors[at.stage];
-    const int end = vectors.begin + vectors.size;
-    if (vectors.size == 0) break;
-    const Stage &stage = storage.stages[at.stage];
-    if (vectors.starts) {
-      state.load_initial(p, walk, entry_row(p, walk.b, vectors.begin));
+  RingPosition<kStateBuffers> buffer;
+  storage.full[0].wait(0);
+  Span tile = storage.vectors[0].tile;
+  Step step;
+  step.load(storage.stages[0], storage.vectors[0]);
+  while (tile.size > 0) {
+    if (tile.starts) {
+      state.load_initial(p, walk, entry_row(p, walk.b, tile.begin));
       decay = 0.0f;
     }
     if (!p.states_only) {
-      storage.state_empty[output.stage].wait(output.parity ^ 1);
-      state.publish(storage.state[output.stage]);
+      storage.state_empty[buffer.stage].wait(buffer.parity ^ 1);
+      state.publish(storage.state[buffer.stage]);
+    }
+    decay *= step.over_tile;
+#pragma unroll
+    for (int i = 0; i < kColumns / 2; ++i) state.value[i] *= step.over_tile;
+    keep_in_place(state.value);
+    const unsigned char *slabs = storage.stages[at.stage].B + state.group * (kColumns / kSlabColumns) * kSlabBytes;
+    const unsigned B = operand(shared_address(slabs), kSlabBytes);
+    products_begin();
+#pragma unroll
+    for (int k = 0; k < kTile / 16; ++k) Product<kColumns>::of_registers(state.value, step.leaving[k], B + across_k(k));
+    end_of_products();
+
+    // While those are under way.
+    if (!p.states_only) {
       publish_to_products();
       storage.state_full[output.stage].arrive();
       output.advance();
+      buffer.advance();
     }
+    Ring next = at;
+    next.advance();
+    storage.full[next.stage].wait(next.parity);
+    const Span next_tile = storage.vectors[next.stage].tile;
+    // Of no use if the next tile is none.
+    Step next_step;
+    next_step.load(storage.stages[next.stage], storage.vectors[next.stage]);
 
-    const unsigned x = operand(shared_address(stage.x), kSlabBytes);
-    const float over_tile = fast_exp2(vectors.l[kTile - 1]);
-    decay *= over_tile;
-#pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-      unsigned leaving[kTile / 16][4];
-      const unsigned B = shared_address(stage.B) + (state.group * kBlocks + block) * kSlabBytes;
-#pragma unroll
-      for (int k = 0; k < kTile / 16; ++k) {
-        load_transposed(leaving[k], B + slab_offset(16 * k + matrix / 2 * 8 + lane % 8, 2 * warp + matrix % 2));
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int s = 16 * k + 8 * half + 2 * (lane % 4);
-          const float2 factor = *reinterpret_cast<const float2 *>(vectors.leaving + s);
-#pragma unroll
-          for (int i = 2 * half; i < 2 * half + 2; ++i) {
-            unsigned &word = leaving[k][i];
-            word = join(low(word, Element()) * factor.x, high(word, Element()) * factor.y, Element());
-          }
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kHeaddim / 2; ++i) state.value[block][i] *= over_tile;
-      keep_in_place(state.value[block]);
-      products_begin();
-#pragma unroll
-      for (int k = 0; k < kTile / 16; ++k) {
-        Product<kHeaddim>::of_registers(state.value[block], leaving[k], x + across_k(k));
-      }
-      end_of_products();
-      wait_for_products<0>();
-      keep_in_place(state.value[block]);
-    }
-    const bool run_ends = vectors.ends;
+    wait_for_products<0>();
+    keep_in_place(state.value);
     storage.empty[at.stage].arrive();
-    if (run_ends && !p.states_only) state.store_ended(p, walk, end);
-    at.advance();
+    if (tile.ends && !p.states_only) state.store_ended(p, walk, tile.begin + tile.size);
+    at = next;
+    tile = next_tile;
+    step.replace(next_step);
   }
   if (p.states_only) {
     state.store_segment(p, walk);
@@ -666,8 +671,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     }
     for (int group = 0; group < kOutputGroups; ++group) {
       storage.state_full[group].init(kStateGroups * kWarpgroup);
-      storage.state_empty[group].init(kWarpgroup);
     }
+    for (int buffer = 0; buffer < kStateBuffers; ++buffer) storage.state_empty[buffer].init(kWarpgroup);
     publish_to_products();
   }
   if (threadIdx.x == kWarp) {
@@ -677,9 +682,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     prefetch_map(mapped.out);
   }
   wait_for_earlier_work();
-  if (p.D.data != nullptr && threadIdx.x < kHeaddim) {
+  if (threadIdx.x < kHeaddim) {
     const long long offset = walk.head * p.D.stride[0] + (walk.first + threadIdx.x) * p.D.stride[1];
-    storage.D[threadIdx.x] = load_either<Element>(p.D.data, offset, p.wide_D);
+    storage.D[threadIdx.x] = p.D.data == nullptr ? 0.0f : load_either<Element>(p.D.data, offset, p.wide_D);
   }
   __syncthreads();
   // The same for a warp, which the compiler has to know of products.

@@ -14,8 +14,9 @@ pub const DSTATES: [usize; 3] = [64, 128, 256];
 /// Headdim and dstate at most.
 pub const MAX_SIZE: usize = 256;
 
-/// Of the kernel with wgmma: a block's threads for each of DSTATES.
-const WGMMA_THREADS: [usize; 3] = [512, 640, 512];
+/// Of the kernel with wgmma: a block's threads; rows of the state that it has, if only to leave some aside.
+const WGMMA_THREADS: usize = 640;
+const WGMMA_ROWS: usize = 64;
 /// Rows of a tile of out that a warp writes.
 const WGMMA_ROWS_OF_WARP: usize = 16;
 /// Of the kernel with mma.sync: threads of a block and rows of the state that it has at most; its shared memory, and what a
@@ -108,7 +109,7 @@ fn wgmma(
     let slices = Slices::of_two(headdim, part);
     let choices = [narrow(dtype), (part == 64).into(), dstate];
     let block = Block {
-        threads: WGMMA_THREADS[dstate],
+        threads: WGMMA_THREADS,
         shared_bytes: stream.shared_bytes::<OxiSsdMapped>(&choices),
     };
     let map = |view: &View<4>| stream.tensor_map(view, OXI_SSD_TILE as usize);
@@ -120,7 +121,7 @@ fn wgmma(
         ..Default::default()
     };
     let params = params_of(inputs, out, states, &slices)?;
-    in_segments(inputs, params, segments, slices.size * DSTATES[dstate], |ssd, blocks| {
+    in_segments(inputs, params, segments, WGMMA_ROWS * DSTATES[dstate], |ssd, blocks| {
         stream.launch(&OxiSsdMapped { ssd, ..mapped }, &choices, [blocks, 1, 1], block)
     })
 }
