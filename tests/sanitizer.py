@@ -254,8 +254,8 @@ def scans() -> Iterator[Call]:
         yield scan("contiguous", bounds, **shape, dtype=dtype)
         yield scan("strided", bounds, len(bounds) - 1, **shape, dtype=dtype, seq_idx=True)
     # In segments.
-    for headdim, dstate in ((16, 16), (64, 64)):
-        long: dict[str, Any] = {"seqlen": 2**15, "nheads": 1, "headdim": headdim, "dstate": dstate, "dtype": BF16}
+    for headdim, dstate, dtype in ((16, 16, BF16), (64, 64, BF16), (20, 20, F32)):
+        long: dict[str, Any] = {"seqlen": 2**15, "nheads": 1, "headdim": headdim, "dstate": dstate, "dtype": dtype}
         yield scan("contiguous", **long, seq_idx=True)
         yield scan("contiguous", (0, 7, 7, 2**14 + 1, 2**15 - 9), 4, **long)
         yield scan("contiguous", (5, 2**16, -7, 2**40), 3, **long)

@@ -997,15 +997,27 @@ def test_the_kernel_of_other_arguments(wgmma, device):
     assert_scans("ssd_fwd_recurrence", inputs.ssd(**shape, dtype=F32))
 
 
-@pytest.mark.parametrize(
-    ("seqlen", "nheads", "times"), [(32767, 2, 1), (32768, 2, 2), (32768, 64, 2), (32768, 65, 1), (70000, 2, 2)]
-)
-def test_long_sequences_of_few_heads_are_walked_in_segments(seqlen, nheads, times, wgmma, device):
-    for dtype, headdim, kernel in ((BF16, 64, wgmma), (F16, 8, "ssd_fwd_mma"), (F32, 8, "ssd_fwd_recurrence")):
+@pytest.mark.parametrize(("dtype", "headdim", "most"), [(BF16, 64, 64), (F16, 8, 64), (F32, 8, 128)])
+def test_long_sequences_of_few_heads_are_walked_in_segments(dtype, headdim, most, wgmma, device):
+    kernel = {BF16: wgmma, F16: "ssd_fwd_mma", F32: "ssd_fwd_recurrence"}[dtype]
+    for seqlen, nheads, times in ((32767, 2, 1), (32768, 2, 2), (32768, most, 2), (32768, most + 1, 1), (70000, 2, 2)):
         shape = {"seqlen": 1, "nheads": nheads, "ngroups": 1, "headdim": headdim, "dstate": 64}
         tensors = inputs.ssd(**shape, optional=False, dtype=dtype, device=device)
         tensors = {n: t if n == "A" else t.new_zeros(3, seqlen, *t.shape[2:]) for n, t in tensors.items()}
-        assert_scans(kernel, tensors, 1 if dtype == F32 else times)
+        assert_scans(kernel, tensors, times)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_segments_end_with_the_sequence(dtype, device):
+    """Of so many tokens 66 segments, rounded up to a multiple of 256, would be more than there are."""
+    seqlen = 16384 * 66 + 1
+    shape = {"batch": 2, "seqlen": seqlen, "nheads": 1, "ngroups": 1, "headdim": 2, "dstate": 2}
+    tensors = inputs.ssd(**shape, optional=False, dtype=dtype, device=device)
+    out, final_states = oxiscan.mamba_chunk_scan_combined(**tensors, **SCAN_OPTIONS)
+    tail = {n: t if n == "A" else t[:, -1000:] for n, t in tensors.items()}
+    expected, states = oxiscan.mamba_chunk_scan_combined(**tail, **SCAN_OPTIONS)
+    assert_close("out", out[:, -500:], expected[:, -500:], TOLERANCES[dtype][0])
+    assert_close("final_states", final_states, states, TOLERANCES[dtype][0])
 
 
 @pytest.mark.parametrize(("dtype", "headdim", "dstate"), [(F32, 8, 12), (BF16, 8, 12), (BF16, 64, 128), (F16, 96, 64)])

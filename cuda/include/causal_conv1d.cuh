@@ -26,6 +26,7 @@
 #define ANY 2
 
 #include "async_copy.cuh"
+#include "constant.cuh"
 #include "dependent_launch.cuh"
 #include "documents.cuh"
 #include "dtype.cuh"
@@ -55,13 +56,6 @@ static_assert(kHistory <= kSpan);
 
 // Whether lines of the tensor with this bit move in packs.
 __device__ __forceinline__ bool is_dense(const OxiConv &p, int bit) { return kExact || (p.dense & bit) != 0; }
-
-// An argument that the compiler knows.
-template <auto kValue>
-struct Constant {
-  static constexpr auto value = kValue;
-  __device__ constexpr operator decltype(kValue)() const { return kValue; }
-};
 
 __device__ __forceinline__ const Element *line(const OxiTensor3 &tensor, long long b, int channel) {
   return static_cast<const Element *>(tensor.data) + b * tensor.stride[0] + channel * tensor.stride[1];

@@ -269,7 +269,7 @@ enum {
  * cu_seqlens: data null where not given.
  *
  * The segments of a long sequence are walked at the same time. segment_states: what each part of each but the last adds to
- * the state, by batch, part, head and slice, as the kernel's threads have it; segment_decays: the factor by which the state
+ * the state, by batch, part and head, of one head in an order of the kernel's; segment_decays: the factor by which the state
  * before it decays, 0 where another run begins. */
 struct OxiSsd {
   int seqlen;

@@ -98,10 +98,6 @@ const DSTATE: Axis = Axis { define: "DSTATE", values: &["64", "128", "256"] };
 /// Elements of a row of the state that a thread has in registers, an eighth of it.
 const HELD: Axis = Axis { define: "HELD", values: &["4", "8", "16", "32"] };
 
-/// Elements of the state that a thread has in all, if a row has so few: many, for few loads of B and C; or few, for enough
-/// warps where a long sequence has few rows.
-const ELEMENTS: Axis = Axis { define: "ELEMENTS", values: &["64", "16"] };
-
 pub const KERNELS: [Kernel; 15] = number([
     kernel("causal_conv1d_fwd", &[ELEMENT, LAYOUT, FORM]),
     kernel("causal_conv1d_bwd", &[ELEMENT, LAYOUT, FORM]),
@@ -113,7 +109,7 @@ pub const KERNELS: [Kernel; 15] = number([
     kernel("rmsnorm_gated_bwd_parameters", &[]),
     kernel("selective_state_update", &[ELEMENT, STATE, ROWS]),
     kernel("ssd_fwd_mma", &[NARROW_ELEMENT, DSTATE]),
-    kernel("ssd_fwd_recurrence", &[WIDE_ELEMENT, HELD, ELEMENTS]),
+    kernel("ssd_fwd_recurrence", &[WIDE_ELEMENT, HELD]),
     kernel_for("sm_90a", "ssd_fwd_wgmma", &[NARROW_ELEMENT, HEADDIM, DSTATE]),
     kernel("state_passing_fwd", &[ELEMENT]),
     kernel("state_passing_bwd", &[ELEMENT]),

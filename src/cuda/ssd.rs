@@ -25,15 +25,11 @@ const MMA_THREADS: usize = 160;
 const MMA_ROWS: usize = 64;
 const MMA_SHARED_BYTES: usize = 27648;
 const MMA_STAGE_ROW_BYTES: usize = 256;
-/// Of the recurrence: lanes that share a row of the state; elements of it that a thread has, and a warp's rows then, for each
-/// of ELEMENTS.
+/// Of the recurrence: lanes that share a row of the state; elements of it that a thread has, and a warp's rows then.
 const LANES_OF_ROW: usize = 8;
 const MOST_WARPS: usize = 8;
 const HELD: [usize; 4] = [4, 8, 16, 32];
-const ROWS_OF_RECURRENCE: [[usize; 4]; 2] = [[32, 32, 16, 8], [16, 8, 4, 4]];
-/// Sequences this long have threads with few elements each, if those with many would be fewer warps than this.
-const LONG: usize = 32768;
-const ENOUGH_WARPS: usize = 264;
+const ROWS_OF_WARP: [usize; 4] = [32, 32, 16, 8];
 
 /// How headdim is shared among blocks.
 struct Slices {
@@ -77,7 +73,7 @@ pub fn forward(
         return Ok(());
     }
     if dtype == DType::F32 {
-        return recurrence(stream, inputs, out, states);
+        return recurrence(stream, inputs, out, states, segments);
     }
     let dense = |view: &View<4>| params::is_dense(view, VECTOR / dtype.size());
     let mapped = |view: &View<4>| dense(view) && params::can_be_mapped(view);
@@ -121,7 +117,8 @@ fn wgmma(
         ..Default::default()
     };
     let params = params_of(inputs, out, states, &slices)?;
-    in_segments(inputs, params, segments, WGMMA_ROWS * DSTATES[dstate], |ssd, blocks| {
+    let elements = slices.count * WGMMA_ROWS * DSTATES[dstate];
+    in_segments(inputs, params, segments, elements, |ssd, blocks| {
         stream.launch(&OxiSsdMapped { ssd, ..mapped }, &choices, [blocks, 1, 1], block)
     })
 }
@@ -146,7 +143,8 @@ fn mma(
     let copied = [Some(&inputs.x), Some(&inputs.B), Some(&inputs.C)];
     params.width = copied_at_once(inputs, &copied, VECTOR / dtype.size(), 2) as i32;
     let block = Block { threads: MMA_THREADS, shared_bytes: bytes(stages) };
-    in_segments(inputs, params, segments, MMA_ROWS * DSTATES[dstate], |params, blocks| {
+    let elements = slices.count * MMA_ROWS * DSTATES[dstate];
+    in_segments(inputs, params, segments, elements, |params, blocks| {
         stream.launch(&params, &choices, [blocks, 1, 1], block)
     })
 }
@@ -156,16 +154,17 @@ fn recurrence(
     inputs: &SsdInputs,
     out: &View<4>,
     states: &SsdStates,
+    segments: Option<&View<3>>,
 ) -> Result<()> {
     let dims = inputs.dims;
     let held = HELD.iter().position(|held| held * LANES_OF_ROW >= dims.dstate).expect("up to 256");
-    // By one sequence alone: sums of other rows have another order.
-    let warps = dims.nheads * dims.headdim.div_ceil(ROWS_OF_RECURRENCE[0][held]);
-    let few = dims.seqlen >= LONG && warps < ENOUGH_WARPS;
-    let rows = ROWS_OF_RECURRENCE[usize::from(few)][held];
+    let rows = ROWS_OF_WARP[held];
     // A head's warps, in blocks of as many as leave none of the multiprocessors without one: they share B and C.
     let mut warps = dims.headdim.div_ceil(rows).next_power_of_two().min(MOST_WARPS);
-    let blocks = |warps: usize| dims.batch * dims.nheads * dims.headdim.div_ceil(rows * warps);
+    let walks = dims.batch
+        * dims.nheads
+        * segments.map_or(1, |view| segments_of(view.shape[0], dims.seqlen).count);
+    let blocks = |warps: usize| walks * dims.headdim.div_ceil(rows * warps);
     while warps > 1 && 2 * blocks(warps) < stream.device.multiprocessors as usize {
         warps /= 2;
     }
@@ -173,9 +172,11 @@ fn recurrence(
     let mut params = params_of(inputs, out, states, &slices)?;
     let copied = [Some(&inputs.x), Some(&inputs.B), Some(&inputs.C), inputs.z.as_ref()];
     params.width = copied_at_once(inputs, &copied, VECTOR / 4, VECTOR / 4) as i32;
-    let blocks = blocks(warps);
-    let choices = [0, held, few.into()];
-    stream.launch(&SsdRecurrence(params), &choices, [blocks, 1, 1], Block::of(warps * WARP))
+    let (choices, block) = ([0, held], Block::of(warps * WARP));
+    let elements = dims.headdim * LANES_OF_ROW * HELD[held];
+    in_segments(inputs, params, segments, elements, |params, blocks| {
+        stream.launch(&SsdRecurrence(params), &choices, [blocks, 1, 1], block)
+    })
 }
 
 /// The choice of ELEMENT among the narrow ones.
@@ -206,7 +207,24 @@ fn copied_at_once(
     1
 }
 
+/// How a long sequence is cut.
+struct Segments {
+    count: usize,
+    /// Of each but the last one, which may have fewer.
+    tokens: usize,
+}
+
+/// As many segments as a workspace of so many rows is for; fewer where the tokens of each, rounded up so that parts have whole
+/// tiles, are then enough.
+fn segments_of(rows: usize, seqlen: usize) -> Segments {
+    let parts = OXI_SSD_SEGMENT_PARTS as usize;
+    let tokens = seqlen.max(1).div_ceil(rows / parts + 1);
+    let tokens = tokens.next_multiple_of(OXI_SSD_TILE as usize * parts);
+    Segments { count: seqlen.max(1).div_ceil(tokens), tokens }
+}
+
 /// Launch over the whole sequences or, with a workspace for it, over segments of them: what each but the last adds first.
+/// `elements`: of segment_states, for a part of a head.
 fn in_segments(
     inputs: &SsdInputs,
     mut params: OxiSsd,
@@ -217,7 +235,7 @@ fn in_segments(
     let dims = inputs.dims;
     let blocks = dims.batch * dims.nheads * params.slices as usize;
     let Some(view) = segments else { return launch(params, blocks) };
-    let (parts, elements) = (OXI_SSD_SEGMENT_PARTS as usize, elements * params.slices as usize);
+    let parts = OXI_SSD_SEGMENT_PARTS as usize;
     let [rows, heads, has] = view.shape;
     if rows % parts != 0 || has <= elements {
         return Err(Error::Value {
@@ -226,14 +244,16 @@ fn in_segments(
             allowed: format!("{parts} rows a segment, more than {elements} elements"),
         });
     }
-    params.segments = (rows / parts) as i32 + 1;
-    let unit = OXI_SSD_TILE as usize * parts;
-    let tokens = dims.seqlen.div_ceil(params.segments as usize).next_multiple_of(unit);
+    let Segments { count, tokens } = segments_of(rows, dims.seqlen);
+    if count == 1 {
+        return launch(params, blocks);
+    }
+    params.segments = count as i32;
     params.segment_tokens = tokens as i32;
     params.segment_states = view.data().cast();
     params.segment_decays = view.data().cast::<f32>().wrapping_add(rows * heads * (has - 1));
-    launch(OxiSsd { states_only: 1, ..params }, blocks * rows)?;
-    launch(params, blocks * params.segments as usize)
+    launch(OxiSsd { states_only: 1, ..params }, blocks * parts * (count - 1))?;
+    launch(params, blocks * count)
 }
 
 fn params_of(
@@ -290,4 +310,22 @@ fn params_of(
         cu_seqlens_step: cu_seqlens.map_or(0, |bounds| bounds.strides()[0] as i64),
         ..Default::default()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_segment_has_tokens() {
+        for segments in [1, 2, 4, 66, 128, 256] {
+            for seqlen in [0, 1, 257, 32768, 65636, 16384 * 66 + 1, 16384 * 256 + 1] {
+                let Segments { count, tokens } = segments_of(4 * (segments - 1), seqlen);
+                assert!((1..=segments).contains(&count) && tokens % 256 == 0);
+                assert!((count - 1) * tokens < seqlen.max(1) && seqlen <= count * tokens);
+            }
+        }
+        let Segments { count, tokens } = segments_of(4 * 3, 65636);
+        assert_eq!((count, tokens), (4, 16640));
+    }
 }

@@ -19,8 +19,10 @@ def segments_workspace(x: Tensor, dstate: int) -> Tensor | None:
     Their number depends on one sequence alone, so that its results do not depend on the batch.
     """
     batch, seqlen, nheads, headdim = x.shape
-    segments = min(seqlen // 16384, 128 // max(nheads, 1))
-    if not x.is_cuda or x.dtype == torch.float32 or segments < 2:
+    # Blocks of the float32 kernel are smaller: two or three fit on a multiprocessor.
+    segments_and_heads = 256 if x.dtype == torch.float32 else 128
+    segments = min(seqlen // 16384, segments_and_heads // max(nheads, 1))
+    if not x.is_cuda or segments < 2:
         return None
     # Sizes that the kernels' are rounded up to; one more element for the decay over a segment.
     elements = -(-headdim // 64) * 64 * next(size for size in (64, 128, 256) if size >= min(dstate, 256))
