@@ -343,8 +343,8 @@ def test_two_calls_with_a_carried_state_equal_one(cut, dtype, headdim, dstate, e
         assert_close(name, twice[name], value, tolerance(dtype, 1e-11, gradient=name.startswith("d")))
 
 
-#: CUDA walks so many tokens in four segments, which begin at a multiple of 256 above a quarter of them.
-LONG, SEGMENT = 65536 + 100, 16640
+#: CUDA walks so many tokens in four segments, which begin at a multiple of 128 above a quarter of them.
+LONG, SEGMENT = 65536 + 100, 16512
 #: The kernels that walk segments; that of float32 has one more for each number of elements that a thread has of a row.
 LONG_KERNELS = pytest.mark.parametrize(
     ("dtype", "headdim", "dstate"),

@@ -24,16 +24,19 @@ struct Barrier {
                  : "memory");
   }
 
+  // How long a thread sleeps at most before it looks again: often, and it takes time from others.
+  static constexpr int kNanoseconds = 1000000;
+
   // Wait for the end of the phase of this parity: 0 for the first one, 1 for the second, and so on.
   __device__ __forceinline__ void wait(unsigned parity) {
     asm volatile(
         "{\n"
         ".reg .pred done;\n"
         "again:\n"
-        "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+        "mbarrier.try_wait.parity.shared.b64 done, [%0], %1, %2;\n"
         "@!done bra again;\n"
         "}" ::"r"(shared_address(&word)),
-        "r"(parity)
+        "r"(parity), "n"(kNanoseconds)
         : "memory");
   }
 };

@@ -262,7 +262,9 @@ enum {
   /* Tokens of a tile of the chunk scan's matrix kernels, at most. */
   OXI_SSD_TILE = 64,
   /* Blocks that first share what a segment adds to a state: the short first launch then fills a GPU better. */
-  OXI_SSD_SEGMENT_PARTS = 4,
+  OXI_SSD_SEGMENT_PARTS = 2,
+  /* Shared memory that a block of the kernel for segments' states has where two share a multiprocessor of 9.0. */
+  OXI_SSD_STATES_SHARED_BYTES = 113 * 1024,
 };
 
 /* The chunk scan, forward. D (nheads, headdim), expanded where it has one value a head. D, z, states, dt_bias, seq_idx,

@@ -73,7 +73,7 @@ struct alignas(16) Span {
 // The tokens of a walk, tile after tile. Every lane of a warp has the same values; seq_idx and cu_seqlens are read by all 32.
 struct Tiles : Span {
   __device__ __forceinline__ Tiles(const OxiSsd &p, const Walk &walk)
-      : p(p), ids(p.seq_idx == nullptr ? nullptr : p.seq_idx + walk.b * p.seq_idx_stride[0]), end(walk.end) {
+      : p(p), ids(p.seq_idx == nullptr ? nullptr : p.seq_idx + walk.b * p.seq_idx_stride[0]), first(walk.begin), end(walk.end) {
     begin = walk.begin;
     size = 0;
     ends = begin == 0;
@@ -113,10 +113,25 @@ struct Tiles : Span {
     return true;
   }
 
+  // Whether no run begins within a sequence, so that one can go to any tile.
+  __device__ __forceinline__ bool is_plain() const { return ids == nullptr && p.cu_seqlens == nullptr; }
+
+  // Go to the i-th tile of a plain walk; how many there are too few for that, 0 if it exists.
+  __device__ __forceinline__ int go_to(int i) {
+    const int count = (end - first + OXI_SSD_TILE - 1) / OXI_SSD_TILE;
+    if (i >= count) return i - count + 1;
+    begin = first + i * OXI_SSD_TILE;
+    size = min(OXI_SSD_TILE, end - begin);
+    starts = begin == 0;
+    ends = begin + size == p.seqlen;
+    return 0;
+  }
+
  private:
   static constexpr int kNowhere = 0x7fffffff;
   const OxiSsd &p;
   const int *ids;
+  int first;
   int end;
   int document = 0;
   // Where the next document begins.

@@ -98,7 +98,7 @@ const DSTATE: Axis = Axis { define: "DSTATE", values: &["64", "128", "256"] };
 /// Elements of a row of the state that a thread has in registers, an eighth of it.
 const HELD: Axis = Axis { define: "HELD", values: &["4", "8", "16", "32"] };
 
-pub const KERNELS: [Kernel; 15] = number([
+pub const KERNELS: [Kernel; 16] = number([
     kernel("causal_conv1d_fwd", &[ELEMENT, LAYOUT, FORM]),
     kernel("causal_conv1d_bwd", &[ELEMENT, LAYOUT, FORM]),
     kernel("causal_conv1d_bwd_parameters", &[]),
@@ -111,6 +111,7 @@ pub const KERNELS: [Kernel; 15] = number([
     kernel("ssd_fwd_mma", &[NARROW_ELEMENT, DSTATE]),
     kernel("ssd_fwd_recurrence", &[WIDE_ELEMENT, HELD]),
     kernel_for("sm_90a", "ssd_fwd_wgmma", &[NARROW_ELEMENT, HEADDIM, DSTATE]),
+    kernel_for("sm_90a", "ssd_fwd_wgmma_states", &[NARROW_ELEMENT, HEADDIM, DSTATE]),
     kernel("state_passing_fwd", &[ELEMENT]),
     kernel("state_passing_bwd", &[ELEMENT]),
     kernel("state_passing_bwd_decay", &[]),

@@ -50,10 +50,13 @@ impl Params for OxiNormParameters {
     const KERNEL: &'static Kernel = &KERNELS[named("rmsnorm_gated_bwd_parameters")];
 }
 
-/// The params of another kernel than OxiSsd's.
+/// The params of other kernels than OxiSsd's and OxiSsdMapped's.
 #[derive(Clone, Copy)]
 #[repr(transparent)]
 pub struct SsdRecurrence(pub OxiSsd);
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub struct SsdMappedStates(pub OxiSsdMapped);
 
 impl Params for OxiSsd {
     const KERNEL: &'static Kernel = &KERNELS[named("ssd_fwd_mma")];
@@ -65,6 +68,10 @@ impl Params for SsdRecurrence {
 
 impl Params for OxiSsdMapped {
     const KERNEL: &'static Kernel = &KERNELS[named("ssd_fwd_wgmma")];
+}
+
+impl Params for SsdMappedStates {
+    const KERNEL: &'static Kernel = &KERNELS[named("ssd_fwd_wgmma_states")];
 }
 
 impl Params for OxiStateUpdate {

@@ -2,7 +2,8 @@
 
 use super::launch::{Block, Stream, WARP};
 use super::params::{
-    self, OXI_SSD_SEGMENT_PARTS, OXI_SSD_TILE, OxiSsd, OxiSsdMapped, SsdRecurrence, VECTOR,
+    self, OXI_SSD_SEGMENT_PARTS, OXI_SSD_STATES_SHARED_BYTES, OXI_SSD_TILE, OxiSsd, OxiSsdMapped,
+    SsdMappedStates, SsdRecurrence, VECTOR,
 };
 use crate::error::{Error, Result};
 use crate::ops::ssd::{Packing, SsdInputs, SsdStates};
@@ -14,8 +15,10 @@ pub const DSTATES: [usize; 3] = [64, 128, 256];
 /// Headdim and dstate at most.
 pub const MAX_SIZE: usize = 256;
 
-/// Of the kernel with wgmma: a block's threads; rows of the state that it has, if only to leave some aside.
+/// Of the kernels with wgmma: a block's threads, for states by DSTATES; rows of the state that it has, if only to leave some
+/// aside.
 const WGMMA_THREADS: usize = 640;
+const WGMMA_STATES_THREADS: [usize; 3] = [256, 256, 384];
 const WGMMA_ROWS: usize = 64;
 /// Rows of a tile of out that a warp writes.
 const WGMMA_ROWS_OF_WARP: usize = 16;
@@ -104,10 +107,6 @@ fn wgmma(
     let part = if matches!(headdim, 80 | 96) { 48 } else { 64 };
     let slices = Slices::of_two(headdim, part);
     let choices = [narrow(dtype), (part == 64).into(), dstate];
-    let block = Block {
-        threads: WGMMA_THREADS,
-        shared_bytes: stream.shared_bytes::<OxiSsdMapped>(&choices),
-    };
     let map = |view: &View<4>| stream.tensor_map(view, OXI_SSD_TILE as usize);
     let mapped = OxiSsdMapped {
         x: map(&inputs.x)?,
@@ -119,7 +118,18 @@ fn wgmma(
     let params = params_of(inputs, out, states, &slices)?;
     let elements = slices.count * WGMMA_ROWS * DSTATES[dstate];
     in_segments(inputs, params, segments, elements, |ssd, blocks| {
-        stream.launch(&OxiSsdMapped { ssd, ..mapped }, &choices, [blocks, 1, 1], block)
+        let (grid, mapped) = ([blocks, 1, 1], OxiSsdMapped { ssd, ..mapped });
+        if ssd.states_only == 0 {
+            let shared_bytes = stream.shared_bytes::<OxiSsdMapped>(&choices);
+            let block = Block { threads: WGMMA_THREADS, shared_bytes };
+            stream.launch(&mapped, &choices, grid, block)
+        } else {
+            let most = stream.shared_bytes::<SsdMappedStates>(&choices);
+            let shared_bytes =
+                if DSTATES[dstate] == 256 { most } else { OXI_SSD_STATES_SHARED_BYTES as usize };
+            let block = Block { threads: WGMMA_STATES_THREADS[dstate], shared_bytes };
+            stream.launch(&SsdMappedStates(mapped), &choices, grid, block)
+        }
     })
 }
 
@@ -318,14 +328,15 @@ mod tests {
 
     #[test]
     fn every_segment_has_tokens() {
+        let parts = OXI_SSD_SEGMENT_PARTS as usize;
         for segments in [1, 2, 4, 66, 128, 256] {
             for seqlen in [0, 1, 257, 32768, 65636, 16384 * 66 + 1, 16384 * 256 + 1] {
-                let Segments { count, tokens } = segments_of(4 * (segments - 1), seqlen);
-                assert!((1..=segments).contains(&count) && tokens % 256 == 0);
+                let Segments { count, tokens } = segments_of(parts * (segments - 1), seqlen);
+                assert!((1..=segments).contains(&count) && tokens % (64 * parts) == 0);
                 assert!((count - 1) * tokens < seqlen.max(1) && seqlen <= count * tokens);
             }
         }
-        let Segments { count, tokens } = segments_of(4 * 3, 65636);
-        assert_eq!((count, tokens), (4, 16640));
+        let Segments { count, tokens } = segments_of(parts * 3, 65636);
+        assert_eq!((count, tokens), (4, 16512));
     }
 }

@@ -180,7 +180,7 @@ pub struct SsdGradients {
 
 /// out (batch, seqlen, nheads, headdim) and, where given, final_states and varlen_states are written.
 ///
-/// segments: on CUDA the workspace of sequences that are walked in several segments at once, (4 (segments - 1), batch
+/// segments: on CUDA the workspace of sequences that are walked in several segments at once, (2 (segments - 1), batch
 /// nheads, elements + 1) float32 and contiguous, `elements` being those of a state with headdim rounded up to a multiple
 /// of 64, dstate to 64, 128 or 256.
 #[pyfunction]

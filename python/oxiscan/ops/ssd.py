@@ -26,8 +26,8 @@ def segments_workspace(x: Tensor, dstate: int) -> Tensor | None:
         return None
     # Sizes that the kernels' are rounded up to; one more element for the decay over a segment.
     elements = -(-headdim // 64) * 64 * next(size for size in (64, 128, 256) if size >= min(dstate, 256))
-    # A row for each of four parts of each segment but the last one.
-    return x.new_empty(4 * (segments - 1), batch * nheads, elements + 1, dtype=torch.float32)
+    # A row for each of two parts of each segment but the last one.
+    return x.new_empty(2 * (segments - 1), batch * nheads, elements + 1, dtype=torch.float32)
 
 
 class _ChunkScan(Function):
