@@ -230,7 +230,7 @@ struct Step {
       load_transposed(leaving[k], shared_address(stage.x) + slab_offset(16 * k + row, chunk));
       factors[k] = *reinterpret_cast<const float4 *>(vectors.leaving + 16 * k + 4 * (lane % 4));
     }
-    // Has the compiler ask for all of it first.
+    // Has the compiler ask for more of it ahead.
     __syncwarp();
 #pragma unroll
     for (int k = 0; k < kTile / 16; ++k) {
@@ -244,7 +244,7 @@ struct Step {
   }
 
   // The next one, once the products with this one are done. They read registers until then, of which the compiler takes no
-  // notice: to have this one's used after them keeps it from giving them to the next one before.
+  // notice, or so much that it waits for each product: to have this one's used after them keeps the next one out of them.
   __device__ __forceinline__ void replace(const Step &next) {
     // 0, which it does not know.
     const unsigned none = blockIdx.y;

@@ -94,9 +94,14 @@ struct Stage {
 };
 static_assert(sizeof(Shared) + (kDstate > 128 ? 1 : 2) * sizeof(Stage) <= 99 * 1024);
 
-// Of all threads. The clock's and the others' are at different places in the code, which `bar.sync` is not made for.
+// Of all threads. The clock's and the others' are at different places in the code, which compute-sanitizer takes `bar.sync` not
+// to be made for. On 8.x the other form takes more registers than there are with a dstate of 256.
 __device__ __forceinline__ void synchronize_all() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("barrier.sync 0, %0;" ::"n"(kThreads) : "memory");
+#else
+  asm volatile("bar.sync 0, %0;" ::"n"(kThreads) : "memory");
+#endif
 }
 // Of all but the clock's.
 __device__ __forceinline__ void synchronize_rows() {
