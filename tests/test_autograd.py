@@ -6,6 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 import oxiscan
 from oxiscan.testing import assert_close, inputs
+from oxiscan.testing.comparison import tolerance
 
 CPU = torch.device("cpu")
 
@@ -64,10 +65,13 @@ def test_grad_modes(case, mode):
     with mode():
         out = op(**tensors)
     assert not out.requires_grad
-    assert torch.equal(out, op(**{name: t.detach() for name, t in tensors.items()}))
     expected = op(**tensors)
     assert expected.requires_grad
-    assert torch.equal(out, expected)
+    for other in (op(**{name: t.detach() for name, t in tensors.items()}), expected):
+        if op is oxiscan.mamba_inner_fn:  # with projections by torch, whose bits depend on what needs a gradient
+            assert_close("out", out, other, tolerance(out.dtype, 1e-13))
+        else:
+            assert torch.equal(out, other)
 
 
 def test_backward_twice_with_retain_graph(case):
