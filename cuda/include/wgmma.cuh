@@ -106,14 +106,7 @@ OXI_PRODUCT_OF(48, OXI_NAMES24, OXI_D24, "%24", "%25", "%26", "%27", "%28")
 OXI_PRODUCT_OF(64, OXI_NAMES32, OXI_D32, "%32", "%33", "%34", "%35", "%36")
 OXI_PRODUCT_OF(128, OXI_NAMES64, OXI_D64, "%64", "%65", "%66", "%67", "%68")
 
-// The counterpart of load_transposed (shared_memory.cuh).
-__device__ __forceinline__ void store_transposed(unsigned address, const unsigned (&words)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(words[0]),
-               "r"(words[1]), "r"(words[2]), "r"(words[3])
-               : "memory");
-}
-
-// The counterpart of load_blocks.
+// The counterpart of load_blocks (shared_memory.cuh).
 __device__ __forceinline__ void store_blocks(unsigned address, const unsigned (&words)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(words[0]),
                "r"(words[1]), "r"(words[2]), "r"(words[3])
