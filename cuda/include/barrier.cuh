@@ -73,8 +73,10 @@ struct RingPosition {
   int stage = 0;
   unsigned parity = 0;
 
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) stage = 0, parity ^= 1;
+  // By up to kStages.
+  __device__ __forceinline__ void advance(int steps = 1) {
+    stage += steps;
+    if (stage >= kStages) stage -= kStages, parity ^= 1;
   }
 };
 

@@ -52,6 +52,24 @@ __device__ inline unsigned join(float low, float high, f16) {
   return reinterpret_cast<const unsigned &>(pair);
 }
 
+// Factors of a pair of elements as scale() takes them, and the products, rounded. The sum of two bf16 is as good as a factor in
+// fp32 there, and needs two instructions instead of five; in fp16 a small one has no room for the second.
+__device__ inline uint2 scale_factors(float low_factor, float high_factor, bf16) {
+  const unsigned upper = join(low_factor, high_factor, bf16());
+  return make_uint2(upper, join(low_factor - low(upper, bf16()), high_factor - high(upper, bf16()), bf16()));
+}
+__device__ inline unsigned scale(unsigned word, uint2 factors, bf16) {
+  const auto pair = [](const unsigned &word) { return reinterpret_cast<const __nv_bfloat162 &>(word); };
+  const __nv_bfloat162 product = __hfma2(pair(word), pair(factors.x), __hmul2(pair(word), pair(factors.y)));
+  return reinterpret_cast<const unsigned &>(product);
+}
+__device__ inline uint2 scale_factors(float low_factor, float high_factor, f16) {
+  return make_uint2(__float_as_uint(low_factor), __float_as_uint(high_factor));
+}
+__device__ inline unsigned scale(unsigned word, uint2 factors, f16) {
+  return join(low(word, f16()) * __uint_as_float(factors.x), high(word, f16()) * __uint_as_float(factors.y), f16());
+}
+
 // N neighbours as they lie in memory, moved in accesses of up to 16 bytes. In words, since the compiler would give each
 // 16-bit element a register of its own.
 template <typename T, int N>

@@ -88,9 +88,9 @@ struct Tiles : Span {
   // Go on to the next tile; false if there is none.
   __device__ __forceinline__ bool next() {
     begin += size;
-    if (begin >= end) return false;
+    size = clamp_to_tile(end - begin);
+    if (size == 0) return false;
     starts = ends;
-    size = min(OXI_SSD_TILE, end - begin);
     // The bit of token begin + 1 + i says whether a run begins there.
     unsigned long long marks = 0;
     if (ids != nullptr) {
@@ -119,15 +119,16 @@ struct Tiles : Span {
   // Go to the i-th tile of a plain walk; how many there are too few for that, 0 if it exists.
   __device__ __forceinline__ int go_to(int i) {
     const int count = (end - first + OXI_SSD_TILE - 1) / OXI_SSD_TILE;
-    if (i >= count) return i - count + 1;
     begin = first + i * OXI_SSD_TILE;
-    size = min(OXI_SSD_TILE, end - begin);
+    size = clamp_to_tile(end - begin);
     starts = begin == 0;
     ends = begin + size == p.seqlen;
-    return 0;
+    return max(i - count + 1, 0);
   }
 
  private:
+  __device__ static __forceinline__ int clamp_to_tile(int tokens) { return max(min(tokens, OXI_SSD_TILE), 0); }
+
   static constexpr int kNowhere = 0x7fffffff;
   const OxiSsd &p;
   const int *ids;

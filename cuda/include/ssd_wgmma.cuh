@@ -2,11 +2,12 @@
 //
 // Warpgroups of a block: first those with states, kStateGroups, each with up to 128 columns of H (headdim, dstate) in
 // accumulators; last the loads, four warps, each with every kStages-th tile and a stage of the ring: where tiles end, dt and
-// l, bulk copies of x, B and, for outputs, C. After the last tile come empty ones, for the others to stop at.
+// l, bulk copies of x, B and, for outputs, C. After the last tile come empty ones, for the others to stop at. Outputs need x
+// long after B and C, so that it has stages of its own.
 //
 // Barriers of the ring: full[stage]: the vectors and copies of a tile are there; where the run ends within the tile the
 // copies come to landed[stage] first, and the loads clear the rows past that first. empty[stage]: those that work on the tile
-// no longer need them.
+// no longer need them, x aside if there are outputs: x_empty[x_stage].
 //
 // A document's tokens are multiplied with nothing of another's: a tile is of one run, rows past its tokens are zeros, and
 // the state at a run's start is assigned.
@@ -35,16 +36,20 @@ constexpr int kSlabsOfB = kDstate / kSlabColumns;
 // Of the state as (headdim, dstate).
 constexpr int kStateSlabBytes = kHeaddim * kSlabRowBytes;
 
-// A tile's x and B; for outputs also C.
+// A tile's B; for outputs also C.
 template <bool kOutputs>
 struct Stage {
-  unsigned char x[kSlabBytes];
   unsigned char B[kSlabsOfB * kSlabBytes];
 };
 template <>
 struct Stage<true> : Stage<false> {
   unsigned char C[kSlabsOfB * kSlabBytes];
 };
+
+// The threads of a block's warpgroup of this index.
+__device__ __forceinline__ void synchronize_warpgroup(int index) {
+  asm volatile("bar.sync %0, %1;" ::"r"(1 + index), "n"(kWarpgroup) : "memory");
+}
 
 // Where a token's value is in a vector of a tile, so that what a thread needs in one step of 16 tokens moves in one access:
 // the values of an operand's columns 2 (lane % 4) + {0, 1} and those 8 on; of rows lane / 4 and those 8 on.
@@ -57,8 +62,8 @@ struct Vectors {
   Span tile;
   // The decay over the tile.
   float over_tile;
-  // By columns: what remains at the tile's end of what a token adds.
-  alignas(16) float leaving[kTile];
+  // By columns: what remains at the tile's end of what a token adds, factors for pairs of x.
+  alignas(16) uint2 leaving[kTile / 2];
 };
 template <>
 struct Vectors<true> : Vectors<false> {
@@ -75,24 +80,30 @@ struct Vectors<true> : Vectors<false> {
   float l_of_row[kTile];
 };
 
-template <int kCount, bool kWithOutputs>
+template <int kCount, int kCountOfX, bool kWithOutputs>
 struct __align__(1024) Ring {
   static constexpr int kStages = kCount;
+  // At least as many.
+  static constexpr int kStagesOfX = kCountOfX;
   static constexpr bool kOutputs = kWithOutputs;
 
   Stage<kOutputs> stages[kStages];
+  unsigned char x[kStagesOfX][kSlabBytes];
   Vectors<kOutputs> vectors[kStages];
   Barrier full[kStages];
   Barrier empty[kStages];
   Barrier landed[kStages];
+  Barrier x_empty[kStagesOfX];
 
-  // By one thread. So many others say of each stage that it is empty.
-  __device__ __forceinline__ void init(int readers) {
+  // By one thread.
+  __device__ __forceinline__ void init() {
     for (int stage = 0; stage < kStages; ++stage) {
       full[stage].init(kWarp);
       landed[stage].init(kWarp);
-      empty[stage].init(readers);
+      // The warpgroups that work on a tile.
+      empty[stage].init((kStateGroups + kOutputs) * kWarpgroup);
     }
+    for (Barrier &barrier : x_empty) barrier.init(kWarpgroup);
   }
 };
 
@@ -108,7 +119,8 @@ __device__ __forceinline__ void discretize(const OxiSsd &p, const Discretize &he
   const auto store = [&](float *vector, float first, float second) {
     *reinterpret_cast<float2 *>(vector + column) = make_float2(first, second);
   };
-  store(vectors.leaving, dt[0] * fast_exp2(total - l[0]), dt[1] * fast_exp2(total - l[1]));
+  vectors.leaving[column / 2] =
+      scale_factors(dt[0] * fast_exp2(total - l[0]), dt[1] * fast_exp2(total - l[1]), Element());
   if (lane == kWarp - 1) vectors.over_tile = fast_exp2(l[1]);
   if (lane == 0) vectors.tile = tile;
   if constexpr (kOutputs) {
@@ -138,11 +150,11 @@ __device__ __forceinline__ void discretize(const OxiSsd &p, const Discretize &he
 
 // By one thread: a tile's x, B and C. `arrived` will have their bytes.
 template <bool kOutputs>
-__device__ __forceinline__ void copy_tile(const OxiSsdMapped &p, const Walk &walk, int begin, Stage<kOutputs> &stage,
-                                          Barrier &arrived) {
+__device__ __forceinline__ void copy_tile(const OxiSsdMapped &p, const Walk &walk, int begin, unsigned char *x,
+                                          Stage<kOutputs> &stage, Barrier &arrived) {
   const int b = static_cast<int>(walk.b);
-  arrived.expect(sizeof(stage));
-  copy_box(stage.x, p.x, walk.first, walk.head, begin, b, arrived);
+  arrived.expect(kSlabBytes + sizeof(stage));
+  copy_box(x, p.x, walk.first, walk.head, begin, b, arrived);
 #pragma unroll 1
   for (int slab = 0; slab < kSlabsOfB; ++slab) {
     const int column = slab * kSlabColumns;
@@ -152,9 +164,9 @@ __device__ __forceinline__ void copy_tile(const OxiSsdMapped &p, const Walk &wal
 }
 
 // By one warp: zeros for a tile's x and B from row `size` on.
-__device__ __forceinline__ void clear_rows(Stage<false> &stage, int size) {
+__device__ __forceinline__ void clear_rows(unsigned char *x, Stage<false> &stage, int size) {
   for (int slab = 0; slab < 1 + kSlabsOfB; ++slab) {
-    unsigned char *rows = slab == 0 ? stage.x : stage.B + (slab - 1) * kSlabBytes;
+    unsigned char *rows = slab == 0 ? x : stage.B + (slab - 1) * kSlabBytes;
     for (int at = size * kSlabRowBytes + threadIdx.x % kWarp * 16; at < kSlabBytes; at += kWarp * 16) {
       *reinterpret_cast<uint4 *>(rows + at) = make_uint4(0, 0, 0, 0);
     }
@@ -173,20 +185,17 @@ __device__ __forceinline__ void load_tiles(const OxiSsdMapped &mapped, const Wal
   auto &stage = ring.stages[warp];
   Barrier &full = ring.full[warp];
   unsigned parity = 0, landed_parity = 0;
+  RingPosition<TileRing::kStagesOfX> of_x;
+  of_x.advance(warp);
   // How many tiles too few there are for the latest one to exist.
   int missing = 0;
   for (int i = warp, steps = warp + 1;; i += TileRing::kStages, steps = TileRing::kStages) {
     if (tile.is_plain()) {
       missing = tile.go_to(i);
     } else {
-      for (int step = 0; step < steps; ++step) {
-        if (tile.next()) continue;
-        tile.size = 0;
-        ++missing;
-      }
+      for (int step = 0; step < steps; ++step) missing += !tile.next();
     }
     if (missing > last) break;
-    if (missing > 0) tile.size = 0;
     // Under way until the copies are asked for. Past the tile's tokens it is of no use, but there.
     Either<Element> raw[2];
 #pragma unroll
@@ -197,17 +206,20 @@ __device__ __forceinline__ void load_tiles(const OxiSsdMapped &mapped, const Wal
     ring.empty[warp].wait(parity ^ 1);
     parity ^= 1;
     const bool is_tile = missing == 0;
+    unsigned char *x = ring.x[of_x.stage];
+    if (TileRing::kOutputs && is_tile) ring.x_empty[of_x.stage].wait(of_x.parity ^ 1);
+    of_x.advance(TileRing::kStages);
     // Past a sequence's end copies give zeros, past a run's end what is not this run's.
     const bool is_cut = is_tile && tile.size < kTile && tile.begin + tile.size < p.seqlen;
     Barrier &arrived = is_cut ? ring.landed[warp] : full;
-    if (is_tile && lane == 0) copy_tile(mapped, walk, tile.begin, stage, arrived);
+    if (is_tile && lane == 0) copy_tile(mapped, walk, tile.begin, x, stage, arrived);
     discretize(p, head, raw, tile, ring.vectors[warp]);
     if (is_cut) {
       __syncwarp();
       arrived.arrive();
       arrived.wait(landed_parity);
       landed_parity ^= 1;
-      clear_rows(stage, tile.size);
+      clear_rows(x, stage, tile.size);
       publish_to_products();
     }
     full.arrive();
@@ -220,15 +232,15 @@ struct Step {
   unsigned leaving[kTile / 16][4];
   float over_tile;
 
-  __device__ __forceinline__ void load(const Stage<false> &stage, const Vectors<false> &vectors) {
+  __device__ __forceinline__ void load(const unsigned char *x, const Vectors<false> &vectors) {
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp % 4;
     const int row = lane / 16 * 8 + lane % 8, chunk = 2 * warp + lane / 8 % 2;
     over_tile = vectors.over_tile;
-    float4 factors[kTile / 16];
+    uint4 factors[kTile / 16];
 #pragma unroll
     for (int k = 0; k < kTile / 16; ++k) {
-      load_transposed(leaving[k], shared_address(stage.x) + slab_offset(16 * k + row, chunk));
-      factors[k] = *reinterpret_cast<const float4 *>(vectors.leaving + 16 * k + 4 * (lane % 4));
+      load_transposed(leaving[k], shared_address(x) + slab_offset(16 * k + row, chunk));
+      factors[k] = *reinterpret_cast<const uint4 *>(vectors.leaving + 8 * k + 2 * (lane % 4));
     }
     // Has the compiler ask for more of it ahead.
     __syncwarp();
@@ -237,8 +249,7 @@ struct Step {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         unsigned &word = leaving[k][i];
-        const float x = i < 2 ? factors[k].x : factors[k].z, y = i < 2 ? factors[k].y : factors[k].w;
-        word = join(low(word, Element()) * x, high(word, Element()) * y, Element());
+        word = scale(word, i < 2 ? make_uint2(factors[k].x, factors[k].y) : make_uint2(factors[k].z, factors[k].w), Element());
       }
     }
   }
@@ -284,9 +295,7 @@ struct State {
     }
   }
 
-  __device__ __forceinline__ void wait_for_warpgroup() const {
-    asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "n"(kWarpgroup) : "memory");
-  }
+  __device__ __forceinline__ void wait_for_warpgroup() const { synchronize_warpgroup(group); }
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -424,7 +433,7 @@ struct State {
     const unsigned B = operand(shared_address(slabs), kSlabBytes);
     products_begin();
 #pragma unroll
-    for (int k = 0; k < kTile / 16; ++k) Product<kColumns>::of_registers(value, step.leaving[k], B + across_k(k));
+    for (int k = 0; k < kTile / 16; ++k) Product<kColumns>::of_registers<kAcrossRows>(value, step.leaving[k], B + across_k(k), 1);
     end_of_products();
   }
   __device__ __forceinline__ void end_step() {
@@ -438,13 +447,14 @@ template <typename TileRing>
 struct StateWalk {
   TileRing &ring;
   RingPosition<TileRing::kStages> at;
+  RingPosition<TileRing::kStagesOfX> of_x;
   Span tile;
   Step step;
 
   __device__ __forceinline__ explicit StateWalk(TileRing &ring) : ring(ring) {
     ring.full[0].wait(0);
     tile = ring.vectors[0].tile;
-    step.load(ring.stages[0], ring.vectors[0]);
+    step.load(ring.x[0], ring.vectors[0]);
   }
 
   __device__ __forceinline__ const Stage<false> &stage() const { return ring.stages[at.stage]; }
@@ -456,7 +466,8 @@ struct StateWalk {
     ring.full[next.stage].wait(next.parity);
     const Span next_tile = ring.vectors[next.stage].tile;
     Step next_step;
-    next_step.load(ring.stages[next.stage], ring.vectors[next.stage]);
+    of_x.advance();
+    next_step.load(ring.x[of_x.stage], ring.vectors[next.stage]);
     state.end_step();
     ring.empty[at.stage].arrive();
     at = next;

@@ -29,6 +29,10 @@ __device__ __forceinline__ unsigned operand(unsigned address, int slab_bytes) {
 // 128-byte swizzle; 1024 / 16.
 #define OXI_OPERAND_HIGH "0x40000040"
 
+// How the dimension summed over goes in an operand: K-major, MN-major.
+constexpr int kAlongRows = 0;
+constexpr int kAcrossRows = 1;
+
 // To be added to an operand for the next 16 of what is summed over: K-major, in slabs of so many bytes; MN-major.
 __device__ constexpr unsigned along_k(int step, int slab_bytes) { return (step / 4 * slab_bytes + step % 4 * 32) >> 4; }
 __device__ constexpr unsigned across_k(int step) { return step * 16 * kSlabRowBytes >> 4; }
@@ -77,7 +81,7 @@ template <int kColumns>
 struct Product;
 
 // With kColumns / 2 registers the operands that follow them have these numbers.
-#define OXI_PRODUCT_OF(columns, names, registers, n0, n1, n2, n3, n4)                                                \
+#define OXI_PRODUCT_OF(columns, names, registers, n0, n1, n2, n3, n4, n5, n6)                                        \
   template <>                                                                                                        \
   struct Product<columns> {                                                                                          \
     /* A and B in shared memory, both K-major. */                                                                    \
@@ -90,21 +94,22 @@ struct Product;
           : "r"(a), "r"(b), "r"(add)                                                                                 \
           : "memory");                                                                                               \
     }                                                                                                                \
-    /* A in registers, B in shared memory, MN-major. */                                                              \
-    __device__ static __forceinline__ void of_registers(float (&d)[columns / 2], const unsigned (&a)[4],             \
-                                                        unsigned b) {                                                \
-      asm volatile("{\n.reg .pred add;\n.reg .b64 b;\nsetp.eq.b32 add, 0, 0;\nmov.b64 b, {" n4                      \
-                   ", " OXI_OPERAND_HIGH "};\n" OXI_PRODUCT(columns, names) "{" n0 ", " n1 ", " n2 ", " n3            \
-                   "}, b, add, 1, 1, 1;\n}"                                                                          \
+    /* A in registers, B in shared memory, kAlongRows or kAcrossRows. */                                             \
+    template <int kWay>                                                                                              \
+    __device__ static __forceinline__ void of_registers(float (&d)[columns / 2], const unsigned (&a)[4], unsigned b, \
+                                                        int add) {                                                   \
+      asm volatile("{\n.reg .pred add;\n.reg .b64 b;\nsetp.ne.b32 add, " n5 ", 0;\nmov.b64 b, {" n4                  \
+                   ", " OXI_OPERAND_HIGH "};\n" OXI_PRODUCT(columns, names) "{" n0 ", " n1 ", " n2 ", " n3           \
+                   "}, b, add, 1, 1, " n6 ";\n}"                                                                     \
                    : registers                                                                                       \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b)                                              \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(add), "n"(kWay)                         \
                    : "memory");                                                                                      \
     }                                                                                                                \
   };
 
-OXI_PRODUCT_OF(48, OXI_NAMES24, OXI_D24, "%24", "%25", "%26", "%27", "%28")
-OXI_PRODUCT_OF(64, OXI_NAMES32, OXI_D32, "%32", "%33", "%34", "%35", "%36")
-OXI_PRODUCT_OF(128, OXI_NAMES64, OXI_D64, "%64", "%65", "%66", "%67", "%68")
+OXI_PRODUCT_OF(48, OXI_NAMES24, OXI_D24, "%24", "%25", "%26", "%27", "%28", "%29", "%30")
+OXI_PRODUCT_OF(64, OXI_NAMES32, OXI_D32, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
+OXI_PRODUCT_OF(128, OXI_NAMES64, OXI_D64, "%64", "%65", "%66", "%67", "%68", "%69", "%70")
 
 // The counterpart of load_blocks (shared_memory.cuh).
 __device__ __forceinline__ void store_blocks(unsigned address, const unsigned (&words)[4]) {

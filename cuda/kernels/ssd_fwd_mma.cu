@@ -141,7 +141,7 @@ __device__ __forceinline__ void keep_time(const OxiSsd &p, Shared &shared) {
   bool more;
   const auto next = [&](int i) {
     more = tile.next();
-    if (lane == 0) shared.spans[i % 4] = more ? static_cast<const Span &>(tile) : Span{};
+    if (lane == 0) shared.spans[i % 4] = tile;
   };
   // Of the state that enters the walk, at its end.
   float decay = 1.0f;

@@ -13,14 +13,15 @@
 //
 //   states    kStateGroups of them. At a tile's start they write H, rounded, to shared memory for the outputs. X^T is scaled in
 //             registers, during the products of the tile before.
-//   outputs   kOutputGroups of them, each with every kOutputGroups-th tile: S, M, Y and out. S and C H^T by products from
-//             shared memory, M X with M in registers, but for M's diagonal, which is added with D in full.
+//   outputs   kOutputGroups of them, each with every kOutputGroups-th tile: S, M, then with H Y and out. C and M are in
+//             registers, C as far as it fits; M's diagonal is added with D in full.
 //   loads     x, B, C and what dt and A make of a tile, to the ring.
 //
-// Barriers beside the ring's: state_full[group]: H is there for that group of the outputs. state_empty[buffer]: their products
-// no longer read it.
+// Barriers beside the ring's: state_full[group]: H is there for that group of the outputs, whose x the states have read.
+// state_empty[buffer]: their products no longer read it.
 //
-// Shared memory: Storage below, 140 to 225 KB: a ring of kStages times X, B, C in slabs of 64 columns (wgmma.cuh), H, out.
+// Shared memory: Storage below, 140 to 225 KB: a ring of kStages times B, C and kStagesOfX times X in slabs of 64 columns
+// (wgmma.cuh), H. Out leaves from where its tile's x was.
 //
 // fp32: dt, l and the powers, S, Y, H, M's diagonal, all sums. Rounded to Element: the rest of M, H and dt X as operands.
 
@@ -33,23 +34,28 @@ constexpr int kThreads = (kStateGroups + kOutputGroups + 1) * kWarpgroup;
 // Registers of a thread at first, as each warpgroup has a warp on each of a multiprocessor's four parts; and later, found by
 // trial.
 constexpr int kRegisters = 65536 / kThreads / 8 * 8;
-constexpr int kLoadRegisters = 24;
-constexpr int kStateRegisters = kDstate == 256 ? 128 : 144;
+constexpr int kLoadRegisters = 32;
+constexpr int kStateRegisters = kDstate == 256 && kHeaddim == 64 ? 128 : 136;
 constexpr int kOutputRegisters =
     (kThreads / kWarpgroup * kRegisters - kLoadRegisters - kStateGroups * kStateRegisters) / kOutputGroups / 8 * 8;
 
 constexpr int kStages = kDstate == 256 ? 2 : 4;
+constexpr int kStagesOfX = 7;
 constexpr int kStateBuffers = kDstate == 256 ? 1 : 2;
 
 struct Storage {
-  Ring<kStages, true> ring;
+  Ring<kStages, kStagesOfX, true> ring;
   alignas(1024) unsigned char state[kStateBuffers][kSlabsOfB * kStateSlabBytes];
-  alignas(1024) unsigned char out[kOutputGroups][kSlabBytes];
   float D[kHeaddim];
   Barrier state_full[kOutputGroups];
   Barrier state_empty[kStateBuffers];
 };
 static_assert(sizeof(Storage) <= 227 * 1024);
+
+// Of C, the steps of 16 columns that a warp holds in registers for both of its products, instead of having them read twice from
+// shared memory, whose port is what bounds this kernel: as many as there are registers for.
+constexpr int kHeldSteps = kDstate == 256 ? 2 : kDstate == 128 ? 7 : 4;
+using HeldC = unsigned[kHeldSteps][4];
 
 // Whether out's rows are as wide as a slab and go out by bulk copies.
 constexpr bool kStoresBoxes = kHeaddim == kSlabColumns;
@@ -105,14 +111,33 @@ __device__ __forceinline__ void masked_products(const float (&S)[kTile / 2], con
   }
 }
 
+// d = C other^T, of whose kColumns rows the operand `other` is.
+template <int kColumns>
+__device__ __forceinline__ void multiply_C(float (&d)[kColumns / 2], const HeldC &held, unsigned C, unsigned other) {
+  products_begin();
+#pragma unroll
+  for (int k = 0; k < kDstate / 16; ++k) {
+    const unsigned step_of_other = other + along_k(k, kColumns * kSlabRowBytes);
+    if (k < kHeldSteps) {
+      Product<kColumns>::template of_registers<kAlongRows>(d, held[k], step_of_other, k > 0);
+    } else {
+      Product<kColumns>::of_shared(d, C + along_k(k, kSlabBytes), step_of_other, k > 0);
+    }
+  }
+  end_of_products();
+}
+
 __device__ __forceinline__ void write_outputs(const OxiSsdMapped &mapped, const Walk &walk, Storage &storage, int group) {
   const OxiSsd &p = mapped.ssd;
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / kWarp % 4, 0);
-  unsigned char *staged = storage.out[group];
   unsigned state_parity = 0;
   RingPosition<kStages> at;
+  RingPosition<kStagesOfX> of_x;
   RingPosition<kStateBuffers> buffer;
-  for (int i = 0; i < group; ++i) at.advance(), buffer.advance();
+  for (int i = 0; i < group; ++i) at.advance(), of_x.advance(), buffer.advance();
+  const bool has_one_D = p.D.data == nullptr || p.D.stride[1] == 0;
+  // The stage of x from which the out of the tile before leaves.
+  int leaving = -1;
   for (;;) {
     storage.ring.full[at.stage].wait(at.parity);
     const Vectors<true> &vectors = storage.ring.vectors[at.stage];
@@ -125,55 +150,66 @@ __device__ __forceinline__ void write_outputs(const OxiSsdMapped &mapped, const 
     // Of blocks of 16 rows, the one that the lane names.
     const int block_row = 16 * warp + lane % 16;
     const Stage<true> &stage = storage.ring.stages[at.stage];
-    const unsigned x = operand(shared_address(stage.x), kSlabBytes);
+    unsigned char *rows_of_x = storage.ring.x[of_x.stage];
+    const unsigned x = operand(shared_address(rows_of_x), kSlabBytes);
     const unsigned B = operand(shared_address(stage.B), 0), C = operand(shared_address(stage.C), 0);
     float S[kTile / 2], Y[kHeaddim / 2];
-    products_begin();
+    HeldC held;
 #pragma unroll
-    for (int k = 0; k < kDstate / 16; ++k) {
-      Product<kTile>::of_shared(S, C + along_k(k, kSlabBytes), B + along_k(k, kSlabBytes), k > 0);
+    for (int k = 0; k < kHeldSteps; ++k) {
+      load_blocks(held[k], shared_address(stage.C) + k / 4 * kSlabBytes + slab_offset(block_row, 2 * (k % 4) + lane / 16));
     }
-    end_of_products();
-    const unsigned state = operand(shared_address(storage.state[buffer.stage]), 0);
-    storage.state_full[group].wait(state_parity);
-#pragma unroll
-    for (int k = 0; k < kDstate / 16; ++k) {
-      Product<kHeaddim>::of_shared(Y, C + along_k(k, kSlabBytes), state + along_k(k, kStateSlabBytes), k > 0);
+    multiply_C<kTile>(S, held, C, B);
+    if (leaving >= 0) {
+      if (kStoresBoxes && lane == 0) wait_for_box_reads();
+      __syncwarp();
+      storage.ring.x_empty[leaving].arrive();
     }
-    end_of_products();
-
     unsigned M[kTile / 16][4];
     float diagonal[2];
-    wait_for_products<1>();
+    wait_for_products<0>();
     keep_in_place(S);
     masked_products(S, vectors, warp, lane, M, diagonal);
+    const unsigned state = operand(shared_address(storage.state[buffer.stage]), 0);
+    storage.state_full[group].wait(state_parity);
+    state_parity ^= 1;
+    multiply_C<kHeaddim>(Y, held, C, state);
     const float2 entering = *reinterpret_cast<const float2 *>(vectors.entering + 16 * warp + 2 * (lane / 4));
     wait_for_products<0>();
     keep_in_place(Y);
     storage.state_empty[buffer.stage].arrive();
+    storage.ring.empty[at.stage].arrive();
+    // Y so far decays from the tile's start; D and M's diagonal times x.
+    const auto add_x = [&](auto D_of_columns) {
 #pragma unroll
-    for (int j = 0; j < kHeaddim / 8; j += 2) {
-      unsigned words[4];
-      load_blocks(words, shared_address(stage.x) + slab_offset(block_row, j + lane / 16));
+      for (int j = 0; j < kHeaddim / 8; j += 2) {
+        unsigned words[4];
+        load_blocks(words, shared_address(rows_of_x) + slab_offset(block_row, j + lane / 16));
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 D = *reinterpret_cast<const float2 *>(storage.D + 8 * (j + i / 2) + column);
-        const float over_rows = i % 2 == 0 ? entering.x : entering.y;
-        float *y = Y + 4 * j + 2 * i;
-        y[0] = fmaf(y[0], over_rows, (diagonal[i % 2] + D.x) * low(words[i], Element()));
-        y[1] = fmaf(y[1], over_rows, (diagonal[i % 2] + D.y) * high(words[i], Element()));
+        for (int i = 0; i < 4; ++i) {
+          const float2 D = D_of_columns(8 * (j + i / 2) + column);
+          const float over_rows = i % 2 == 0 ? entering.x : entering.y;
+          float *y = Y + 4 * j + 2 * i;
+          y[0] = fmaf(y[0], over_rows, (diagonal[i % 2] + D.x) * low(words[i], Element()));
+          y[1] = fmaf(y[1], over_rows, (diagonal[i % 2] + D.y) * high(words[i], Element()));
+        }
       }
+    };
+    if (__builtin_expect(has_one_D, 1)) {
+      const float D = storage.D[0];
+      add_x([&](int) { return make_float2(D, D); });
+    } else {
+      add_x([&](int first) { return *reinterpret_cast<const float2 *>(storage.D + first); });
     }
     keep_in_place(Y);
     products_begin();
 #pragma unroll
     for (int k = 0; k < kTile / 16; ++k) {
-      Product<kHeaddim>::of_registers(Y, M[k], x + across_k(k));
+      Product<kHeaddim>::of_registers<kAcrossRows>(Y, M[k], x + across_k(k), 1);
     }
     end_of_products();
     wait_for_products<0>();
     keep_in_place(Y);
-    storage.ring.empty[at.stage].arrive();
     if (__builtin_expect(p.z.data != nullptr, 0)) {
       const Element *z = rows_of(p.z, walk.b, walk.head, walk.first + column);
 #pragma unroll
@@ -190,23 +226,23 @@ __device__ __forceinline__ void write_outputs(const OxiSsdMapped &mapped, const 
       }
     }
 
-    // Through shared memory, a warp its own rows.
-    if (kStoresBoxes && lane == 0) wait_for_box_reads();
-    __syncwarp();
+    // In place of x, which the states have read, a warp its own rows.
+    synchronize_warpgroup(kStateGroups + group);
 #pragma unroll
     for (int j = 0; j < kHeaddim / 8; j += 2) {
       unsigned words[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) words[i] = join(Y[4 * j + 2 * i], Y[4 * j + 2 * i + 1], Element());
-      store_blocks(shared_address(staged) + slab_offset(block_row, j + lane / 16), words);
+      store_blocks(shared_address(rows_of_x) + slab_offset(block_row, j + lane / 16), words);
     }
     // A tile's rows past its tokens are another run's, or lie past the sequence's end, where bulk copies end too.
     const bool in_boxes = kStoresBoxes && (size == kTile || begin + size == p.seqlen);
-    if (kStoresBoxes) publish_to_products();
+    // The next x comes by a copy too.
+    publish_to_products();
     __syncwarp();
     if (__builtin_expect(in_boxes, 1)) {
       const int b = static_cast<int>(walk.b);
-      const unsigned char *rows = staged + 16 * warp * kSlabRowBytes;
+      const unsigned char *rows = rows_of_x + 16 * warp * kSlabRowBytes;
       if (lane == 0) store_box(mapped.out, walk.first, walk.head, begin + 16 * warp, b, rows);
     } else {
       constexpr int kChunks = kHeaddim / 8;
@@ -214,12 +250,12 @@ __device__ __forceinline__ void write_outputs(const OxiSsdMapped &mapped, const 
 #pragma unroll
       for (int i = 0; i < 16 * kChunks / kWarp; ++i) {
         const int t = 16 * warp + (i * kWarp + lane) / kChunks, chunk = (i * kWarp + lane) % kChunks;
-        const uint4 words = *reinterpret_cast<const uint4 *>(staged + slab_offset(t, chunk));
+        const uint4 words = *reinterpret_cast<const uint4 *>(rows_of_x + slab_offset(t, chunk));
         if (t < size) *reinterpret_cast<uint4 *>(out + t * p.out.stride[1] + 8 * chunk) = words;
       }
     }
-    for (int i = 0; i < kOutputGroups; ++i) at.advance(), buffer.advance();
-    state_parity ^= 1;
+    leaving = of_x.stage;
+    for (int i = 0; i < kOutputGroups; ++i) at.advance(), of_x.advance(), buffer.advance();
   }
   if (kStoresBoxes && threadIdx.x % kWarp == 0) wait_for_box_reads();
 }
@@ -244,11 +280,7 @@ __device__ __forceinline__ void walk_states(const OxiSsd &p, const Walk &walk, S
     if (tile.ends) state.store_ended(p, walk, tile.begin + tile.size);
   }
   if (walk.end < p.seqlen || p.final_states.data == nullptr) return;
-  if (p.seqlen > 0) {
-    state.store<float>(p.final_states, walk, walk.b);
-  } else {
-    State::copy_initial(p, walk, document_row(p, walk.b, 0), p.final_states, OXI_F32, walk.b);
-  }
+  state.store<float>(p.final_states, walk, walk.b);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
@@ -258,7 +290,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   const OxiSsd &p = mapped.ssd;
   const Walk walk(p);
   if (threadIdx.x == 0) {
-    storage.ring.init((kStateGroups + 1) * kWarpgroup);
+    storage.ring.init();
     for (Barrier &barrier : storage.state_full) barrier.init(kStateGroups * kWarpgroup);
     for (Barrier &barrier : storage.state_empty) barrier.init(kWarpgroup);
     publish_to_products();

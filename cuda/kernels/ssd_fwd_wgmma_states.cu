@@ -23,7 +23,7 @@ namespace oxi {
 constexpr int kThreads = (kStateGroups + 1) * kWarpgroup;
 constexpr int kBlocks = kDstate == 256 ? 1 : 2;
 
-using TileRing = Ring<4, false>;
+using TileRing = Ring<4, 4, false>;
 static_assert(kBlocks == 1 || sizeof(TileRing) <= OXI_SSD_STATES_SHARED_BYTES);
 
 __device__ __forceinline__ void walk_states(const OxiSsd &p, const Walk &walk, TileRing &ring) {
@@ -49,7 +49,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   const OxiSsd &p = mapped.ssd;
   const Walk walk(p);
   if (threadIdx.x == 0) {
-    ring.init(kStateGroups * kWarpgroup);
+    ring.init();
     publish_to_products();
   }
   if (threadIdx.x == kWarp) {
