@@ -85,7 +85,7 @@ struct Tiles : Span {
     if (bound == begin) ends = true;
   }
 
-  // Go on to the next tile; false if there is none.
+  // Go on to the next tile; false, and a size of 0, if there is none.
   __device__ __forceinline__ bool next() {
     begin += size;
     size = clamp_to_tile(end - begin);
@@ -116,7 +116,7 @@ struct Tiles : Span {
   // Whether no run begins within a sequence, so that one can go to any tile.
   __device__ __forceinline__ bool is_plain() const { return ids == nullptr && p.cu_seqlens == nullptr; }
 
-  // Go to the i-th tile of a plain walk; how many there are too few for that, 0 if it exists.
+  // Go to the i-th tile of a plain walk; how many there are too few for that, 0 if it exists, else with a size of 0.
   __device__ __forceinline__ int go_to(int i) {
     const int count = (end - first + OXI_SSD_TILE - 1) / OXI_SSD_TILE;
     begin = first + i * OXI_SSD_TILE;

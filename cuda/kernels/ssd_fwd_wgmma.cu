@@ -23,7 +23,8 @@
 // Shared memory: Storage below, 140 to 225 KB: a ring of kStages times B, C and kStagesOfX times X in slabs of 64 columns
 // (wgmma.cuh), H. Out leaves from where its tile's x was.
 //
-// fp32: dt, l and the powers, S, Y, H, M's diagonal, all sums. Rounded to Element: the rest of M, H and dt X as operands.
+// fp32: dt, l and the powers, S, Y, H, M's diagonal, all sums. Rounded to Element: the rest of M, H and dt X as operands;
+// the factor of X there to 16 bits in bf16 (scale_factors).
 
 #include "ssd_wgmma.cuh"
 

@@ -14,7 +14,8 @@
 //
 // Shared memory: a ring of four times X and B in slabs of 64 columns (wgmma.cuh), 66 to 162 KB.
 //
-// fp32: dt, l and the powers, H, all sums. Rounded to Element: dt X as an operand.
+// fp32: dt, l and the powers, H, all sums. Rounded to Element: dt X as an operand; its factor to 16 bits in
+// bf16 (scale_factors).
 
 #include "ssd_wgmma.cuh"
 
