@@ -21,7 +21,6 @@ from torch import Tensor
 
 import oxiscan
 from oxiscan import reference
-from oxiscan._C import build_info
 from oxiscan.testing import CASES, TOLERANCES, Case, assert_close, relative_rms, run
 
 from . import gpu_peers, machine, records, report, timing
@@ -164,15 +163,9 @@ class Bench:
         self.records: list[Record] = []
         self.failed = False
 
-    def op(self, case: Case) -> Op:
-        """The op of a case, without the backward if this device has none."""
-        op = OPS[case.op]
-        forward_only = self.device.type == "cuda" and case.op in build_info()["cuda_forward_only"]
-        return op._replace(passes=("fwd",)) if forward_only else op
-
     def check(self, case: Case) -> None:
         """Compare every pass of a case by every implementation with the reference, and take the host's times."""
-        op = self.op(case)
+        op = OPS[case.op]
         passes = [which for which in op.passes if which in self.passes]
         if not passes:
             return
@@ -243,7 +236,7 @@ class Bench:
 
     def record(self, case: Case, tensors: Tensors, checked: Checked) -> None:
         """Measure a pass, print and keep the record."""
-        op, which = self.op(case), checked.which
+        op, which = OPS[case.op], checked.which
         make = partial(PASSES[which], op, checked.call)
         tensors, gradients, moved = self.arguments(op, which, checked.call, tensors)
         peak = timing.peak_bytes(lambda: make(tensors, gradients)(), self.device)

@@ -147,6 +147,29 @@ impl<'a> Checker<'a> {
         Ok(view)
     }
 
+    /// A workspace of at least so many elements.
+    #[cfg(feature = "cuda")]
+    pub fn scratch(
+        &self,
+        arg: &'static str,
+        tensor: Option<&TensorArg>,
+        dtype: DType,
+        elements: usize,
+    ) -> Result<View<1>> {
+        let refused = |got| {
+            let allowed = format!("at least {elements} elements of one dimension, contiguous");
+            Error::Value { arg, got, allowed }
+        };
+        let tensor = tensor.ok_or_else(|| refused("None".into()))?;
+        self.expect(arg, tensor, &[dtype])?;
+        let view = tensor.view(arg, ["elements"])?;
+        if view.shape[0] < elements || (elements > 1 && view.strides()[0] != 1) {
+            let (size, stride) = (view.shape[0], view.strides()[0]);
+            return Err(refused(format!("{size} elements with a stride of {stride}")));
+        }
+        Ok(view)
+    }
+
     /// cu_seqlens (ndocs + 1,): its values are the backend's to check, where it can read them.
     pub fn cu_seqlens(&self, tensor: &TensorArg, batch: usize) -> Result<View<1>> {
         let size = tensor.view("cu_seqlens", ["ndocs + 1"])?.shape[0];

@@ -15,15 +15,14 @@ pub fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     info.set_item("simd", crate::cpu::simd_name())?;
     info.set_item("profile", if cfg!(debug_assertions) { "debug" } else { "release" })?;
     #[cfg(feature = "cuda")]
-    let (backends, ops, forward_only, archs) = {
+    let (backends, ops, archs) = {
         let archs = INSTANCES[0].cubins.iter().map(|cubin| cubin.arch).collect();
-        (vec!["cpu", "cuda"], cuda::OPS.to_vec(), cuda::FORWARD_ONLY.to_vec(), archs)
+        (vec!["cpu", "cuda"], cuda::OPS.to_vec(), archs)
     };
     #[cfg(not(feature = "cuda"))]
-    let (backends, ops, forward_only, archs) = (vec!["cpu"], vec![], vec![], vec![]);
+    let (backends, ops, archs) = (vec!["cpu"], vec![], vec![]);
     info.set_item("backends", backends)?;
     info.set_item::<_, Vec<&str>>("cuda_ops", ops)?;
-    info.set_item::<_, Vec<&str>>("cuda_forward_only", forward_only)?;
     info.set_item::<_, Vec<&str>>("cuda_archs", archs)?;
     #[cfg(feature = "cuda")]
     let sizes = (cuda::ssd::HEADDIMS.to_vec(), cuda::ssd::DSTATES.to_vec(), cuda::ssd::MAX_SIZE);

@@ -162,7 +162,7 @@ pub enum Backend {
 
 impl Backend {
     /// The backend of a call, by the device of its first tensor.
-    fn of(py: Python<'_>, arg: &'static str, tensor: &TensorArg) -> PyResult<Self> {
+    pub fn of(py: Python<'_>, arg: &'static str, tensor: &TensorArg) -> PyResult<Self> {
         match tensor.device {
             Device::Cpu => Ok(Backend::Cpu { threads: threads(py)? }),
             #[cfg(feature = "cuda")]

@@ -224,13 +224,18 @@ def scan(view: str, bounds: tuple[int, ...] | None = None, rows: int = 1, **size
             tensors["cu_seqlens"] = torch.tensor(bounds)
             states = inputs.ssd(**shape | {"batch": rows, "seqlen": 1}, device=CPU)
             tensors["initial_states"] = states["initial_states"]
-        oxiscan.mamba_chunk_scan_combined(
-            **{name: on_gpu(VIEWS[view](t)) for name, t in tensors.items()},
+        arguments = {name: on_gpu(VIEWS[view](t)) for name, t in tensors.items()}
+        leaves = [t.requires_grad_() for t in arguments.values() if t.is_floating_point()]
+        outputs = oxiscan.mamba_chunk_scan_combined(
+            **arguments,
             chunk_size=64,
             dt_softplus=True,
             return_final_states=True,
             return_varlen_states=bounds is not None,
         )
+        gradient = inputs.normal(*tensors["x"].shape, dtype=sizes["dtype"], device=CPU)
+        gradients = [on_gpu(VIEWS[view](gradient)), *(torch.randn_like(t) for t in outputs[1:])]
+        torch.autograd.grad(outputs, leaves, gradients, allow_unused=True)
 
     return f"mamba_chunk_scan_combined {view} {bounds} {rows} {sizes}", call
 

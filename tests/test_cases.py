@@ -1,13 +1,14 @@
 """The list of cases that tests and benchmarks share."""
 
 import inspect
+import math
 
 import pytest
 import torch
 
 import oxiscan
 from oxiscan import reference
-from oxiscan.testing import CASES, assert_close, compare, inputs, peak_memory
+from oxiscan.testing import CASES, assert_close, compare, inputs, peak_memory, relative_rms
 
 SMALL = [case for name, case in CASES.items() if name.startswith("small/")]
 
@@ -55,6 +56,15 @@ def test_what_is_off_is_named():
     tensors = {"x": torch.randn(3, 8), "weight": torch.randn(8)}
     with pytest.raises(AssertionError, match="dweight"):
         compare(oxiscan.rmsnorm_gated, lambda x, weight: reference.rmsnorm_gated(x, weight.detach()), tensors, {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_float32_has_no_digits_for_counts_as_zero(dtype):
+    actual, expected = torch.tensor([1e-40, -1.0], dtype=dtype), torch.tensor([-9e-41, -1.0]).double()
+    assert relative_rms(actual, expected) == relative_rms(actual[:1], expected[:1]) == 0
+    assert relative_rms(actual.double()[:1], expected[:1]) > 2
+    assert relative_rms(2 * actual, expected) == 1
+    assert math.isnan(relative_rms(actual * float("nan"), expected))
 
 
 def test_peak_memory_sees_what_is_freed_again():

@@ -15,7 +15,6 @@ import oxiscan
 from oxiscan import _C
 from oxiscan.ops import _kernels
 from oxiscan.testing import assert_close, inputs, run
-from oxiscan.testing.comparison import is_forward_only
 
 # What torch's own code does: dynamo instantiates the class of a Function that it traces, inductor imports modules that
 # use torch.jit, a decomposition of an exported program copies its tree of arguments.
@@ -298,7 +297,7 @@ def test_make_fx_records_forward_and_backward(device):
 
 def test_export(device):
     u = inputs.normal(2, 9, 8, dtype=torch.float32, device=device)
-    model = Mixer().to(device).requires_grad_(not is_forward_only(scan, {"u": u}))
+    model = Mixer().to(device)
     program = torch.export.export(model, (u,)).run_decompositions()
     assert torch.equal(program.module()(u), model(u))
 
@@ -372,9 +371,6 @@ def recorded(device, monkeypatch):
             op(**make(batch=2, seqlen=3, dtype=torch.float32, device=device), **options)
         for op, make, options in supported(CASES, device):
             tensors = make(batch=2, seqlen=9, dtype=torch.float32, device=device)
-            if is_forward_only(op, tensors):
-                op(**tensors, **options)
-                continue
             leaves = {k: t.requires_grad_(t.is_floating_point()) for k, t in tensors.items()}
             results = op(**leaves, **options)
             results = results if isinstance(results, tuple) else (results,)
@@ -404,5 +400,6 @@ def test_opcheck(device, monkeypatch):
                 given.setdefault((op._schema.name, argument.name), set()).add(value is not None)
     if len(supported(CASES | UPDATES, device)) == len(CASES | UPDATES):
         assert {op._schema.name for op, _ in calls} == {f"oxiscan::{name}" for name in kernels()}
-    workspaces = ("partials", "segments")  # given on one device alone, or for long sequences
+    # Given on one device alone, some for some arguments.
+    workspaces = ("dy", "states", "partials", "cuts", "segments")
     assert [name for name, seen in given.items() if seen != {True, False} and name[1] not in workspaces] == []

@@ -22,6 +22,7 @@ from torch.autograd import DeviceType
 
 import oxiscan
 from oxiscan import _C, reference
+from oxiscan.ops import ssd
 from oxiscan.testing import CASES as MODELS
 from oxiscan.testing import TOLERANCES, assert_close, compare, inputs, run
 from test_causal_conv1d_update import compare_update as compare_conv_update
@@ -124,6 +125,7 @@ def scan(*, strided=False, lengths=None, **sizes):
             tensors["cu_seqlens"] = inputs.cu_seqlens(*lengths, device=device)
             states = inputs.ssd(**sizes | {"batch": len(lengths), "seqlen": 1}, device=device, seed=seed)
             tensors["initial_states"] = states["initial_states"]
+        tensors["initial_states"] = tensors["initial_states"].float()  # also what final states' gradients are
         return {name: inputs.strided(t) for name, t in tensors.items()} if strided else tensors
 
     return make
@@ -147,6 +149,14 @@ PASSING: dict[str, Any] = {
     "forward": ("state_passing_fwd",),
     "backward": ("state_passing_bwd", "state_passing_bwd_decay"),
 }
+SCAN: dict[str, Any] = {"like": ("x", "initial_states")}
+FAST_SCAN = ("ssd_fwd_wgmma__", "ssd_fwd_mma")
+FAST_SCAN_BACKWARD = (
+    ("ssd_bwd_wgmma_states", "ssd_bwd_mma_states"),
+    ("ssd_bwd_wgmma__", "ssd_bwd_mma__"),
+    "ssd_bwd_parameters",
+)
+OTHER_SCAN_BACKWARD = ("ssd_bwd_mma_states", "ssd_bwd_mma__", "ssd_bwd_parameters")
 SCAN_OPTIONS = {"chunk_size": 64, "dt_softplus": True, "return_final_states": True}
 UPDATE: dict[str, Any] = {"written": ("state",), "forward": ("selective_state_update",)}
 
@@ -210,7 +220,9 @@ CASES = [
         "mamba_chunk_scan_combined",
         scan(batch=3, seqlen=300, headdim=64, dstate=128, seq_idx=True, dtype=BF16, parameters=F32),
         SCAN_OPTIONS,
-        forward=(("ssd_fwd_wgmma", "ssd_fwd_mma"),),
+        forward=(FAST_SCAN,),
+        backward=(FAST_SCAN, "ssd_bwd_cuts", *FAST_SCAN_BACKWARD),
+        **SCAN,
     ),
     Case(
         "scan_float32",
@@ -218,6 +230,8 @@ CASES = [
         scan(batch=3, seqlen=300, headdim=20, dstate=40, D="elements", dtype=F32),
         SCAN_OPTIONS,
         forward=("ssd_fwd_recurrence",),
+        backward=("ssd_fwd_recurrence", *OTHER_SCAN_BACKWARD),
+        **SCAN,
     ),
     Case(
         "scan_odd",
@@ -225,20 +239,31 @@ CASES = [
         scan(batch=3, seqlen=200, nheads=6, headdim=33, dstate=70, seq_idx=True, strided=True, dtype=F16),
         SCAN_OPTIONS,
         forward=("ssd_fwd_mma",),
+        backward=("ssd_fwd_mma", "ssd_bwd_cuts", *OTHER_SCAN_BACKWARD),
+        **SCAN,
     ),
     Case(
         "scan_cu_seqlens",
         "mamba_chunk_scan_combined",
         scan(batch=1, seqlen=300, headdim=80, dstate=64, lengths=(0, 3, 140, 0, 100), dtype=F16),
-        SCAN_OPTIONS | {"return_varlen_states": True},
-        forward=(("ssd_fwd_wgmma", "ssd_fwd_mma"),),
+        {"chunk_size": 64, "dt_softplus": True, "return_varlen_states": True, "state_dtype": F32},
+        forward=(FAST_SCAN,),
+        backward=(FAST_SCAN, "ssd_bwd_cuts", *FAST_SCAN_BACKWARD),
+        **SCAN,
     ),
     Case(
         "scan_segments",
         "mamba_chunk_scan_combined",
         scan(batch=2, seqlen=33000, nheads=1, ngroups=1, headdim=64, dstate=64, decay=1e-3, dtype=BF16),
         SCAN_OPTIONS,
-        forward=(("ssd_fwd_wgmma_states", "ssd_fwd_mma"), ("ssd_fwd_wgmma__", "ssd_fwd_mma")),
+        forward=(("ssd_fwd_wgmma_states", "ssd_fwd_mma"), FAST_SCAN),
+        backward=(
+            ("ssd_fwd_wgmma_states", "ssd_fwd_mma"),
+            FAST_SCAN,
+            ("ssd_bwd_wgmma_states", "ssd_bwd_mma_states"),
+            *FAST_SCAN_BACKWARD,
+        ),
+        **SCAN,
     ),
     Case(
         "state_update",
@@ -583,19 +608,40 @@ def test_a_scan_that_is_too_wide_is_refused(argument, size, dtype, device):
         oxiscan.mamba_chunk_scan_combined(**tensors, **SCAN_OPTIONS)
 
 
-@pytest.mark.parametrize("argument", ["x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states"])
-def test_a_gradient_of_the_scan_is_refused(argument, device):
-    tensors = inputs.ssd(seqlen=3, dtype=F32, device=device)
-    expected = oxiscan.mamba_chunk_scan_combined(**tensors, **SCAN_OPTIONS)
-    tensors[argument].requires_grad_()
-    got = r"a tensor on cuda:\d+ that requires a gradient"
-    allowed = r"cpu, the only backend of mamba_chunk_scan_combined's gradients so far, or torch.no_grad\(\)"
-    with pytest.raises(NotImplementedError, match=f"^{argument}: got {got}; allowed: {allowed}$"):
-        oxiscan.mamba_chunk_scan_combined(**tensors, **SCAN_OPTIONS)
-    for mode in (torch.no_grad, torch.inference_mode):
-        with mode():
-            actual = oxiscan.mamba_chunk_scan_combined(**tensors, **SCAN_OPTIONS)
-            assert all(torch.equal(a, e) and not a.requires_grad for a, e in zip(actual, expected, strict=True))
+WORKSPACES = ("dy", "states", "partials", "cuts", "segments")
+CHANGES: dict[str, Callable[[Tensor], Tensor | None]] = {
+    "none": lambda t: None,
+    "larger": lambda t: torch.cat([t, t], dim=-1),
+    "smaller": lambda t: t[..., 1:].contiguous(),
+    "float64": lambda t: t.double(),
+}
+
+
+def change_workspaces(monkeypatch, change):
+    """Have the scan's backward run with what `change` makes of each workspace, by name."""
+    make = ssd.backward_workspaces
+
+    def changed(*arguments):
+        return tuple(change(*named) for named in zip(WORKSPACES, make(*arguments), strict=True))
+
+    monkeypatch.setattr(ssd, "backward_workspaces", changed)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", WORKSPACES)
+def test_workspaces_of_the_scan_that_do_not_fit_are_refused(name, change, device, monkeypatch):
+    shape = {"batch": 1, "seqlen": 33000, "nheads": 1, "ngroups": 1, "headdim": 64, "dstate": 64}
+    tensors = inputs.ssd(**shape, seq_idx=True, dtype=BF16, device=device)
+    leaves = {n: t.requires_grad_(t.is_floating_point()) for n, t in tensors.items()}
+    out = oxiscan.mamba_chunk_scan_combined(**leaves, chunk_size=64)
+    change_workspaces(monkeypatch, lambda n, t: CHANGES[change](t) if n == name else t)
+    serves = {"dy": (), "segments": ("none", "larger")}.get(name, ("larger",))
+    if change in serves:
+        torch.autograd.grad(out.sum(), leaves["x"])
+        return
+    named = "(partials|segments)" if name == "segments" else name
+    with pytest.raises((TypeError, ValueError), match=f"^{named}: got "):
+        torch.autograd.grad(out.sum(), leaves["x"])
 
 
 # --- Convolution: edges of tiles, alignment, layouts
@@ -1019,6 +1065,67 @@ def test_segments_end_with_the_sequence(device):
     assert_close("final_states", final_states, states, TOLERANCES[dtype][0])
 
 
+def assert_backward(kernels, tensors, dout=None):
+    """What the kernels' names begin with, for the gradient of out, a dense one if not given."""
+    leaves = {name: t.detach().requires_grad_(t.is_floating_point()) for name, t in tensors.items()}
+    out = oxiscan.mamba_chunk_scan_combined(**leaves, chunk_size=64, dt_softplus=True)
+    wanted = [t for t in leaves.values() if t.requires_grad]
+    dout = inputs.normal(*out.shape, dtype=out.dtype, device=out.device) if dout is None else dout
+    actual = launches(lambda: torch.autograd.grad(out, wanted, dout))
+    assert len(actual) == len(kernels), actual
+    assert all(name.startswith(kernel) for name, kernel in zip(actual, kernels, strict=True)), actual
+
+
+def of_backward(kernel):
+    return [f"ssd_bwd_{kernel}_states__", f"ssd_bwd_{kernel}__", "ssd_bwd_parameters"]
+
+
+@pytest.fixture
+def fast(wgmma):
+    """Which kernels of backward are those of aligned arguments in the sizes of models."""
+    return wgmma.removeprefix("ssd_fwd_")
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("headdim", [64, 80, 96, 128])
+@pytest.mark.parametrize("dstate", [64, 128, 256])
+def test_the_backward_of_models(dtype, headdim, dstate, fast, device):
+    shape = {"seqlen": 70, "headdim": headdim, "dstate": dstate}
+    assert_backward(of_backward(fast), inputs.ssd(**shape, optional=False, dtype=dtype, device=device))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "headdim", "forward", "kernel"),
+    [(BF16, 64, None, None), (BF16, 8, "ssd_fwd_mma", "mma"), (F32, 64, "ssd_fwd_recurrence", "mma")],
+)
+def test_launches_of_a_backward(dtype, headdim, forward, kernel, wgmma, fast, device):
+    kernels = of_backward(kernel or fast)
+    for z, seq_idx, is_long in itertools.product((False, True), repeat=3):
+        shape = {"batch": 2, "seqlen": 32768 if is_long else 70, "nheads": 2, "headdim": headdim, "dstate": 64}
+        tensors = inputs.ssd(**shape, seq_idx=seq_idx, dtype=dtype, device=device)
+        if not z:
+            del tensors["z"]
+        gate = [forward or wgmma] * (2 if is_long else 1)
+        before = gate * z + ["ssd_bwd_cuts"] * seq_idx + kernels[:1] * is_long
+        assert_backward(before + kernels, tensors)
+
+
+def test_the_backward_of_other_arguments(fast, device):
+    shape = {"seqlen": 70, "headdim": 64, "dstate": 128, "device": device}
+    tensors = inputs.ssd(**shape, dtype=BF16)
+    del tensors["z"]
+    dout = inputs.normal(*tensors["x"].shape, dtype=BF16, device=device)
+    for view in (unaligned, odd_rows, inputs.strided, one_row_for_all):
+        for name in ("x", "B", "C"):
+            assert_backward(of_backward("mma"), tensors | {name: view(tensors[name])})
+        assert_backward(of_backward("mma"), tensors, view(dout))
+    for name in ("x", "B", "C"):
+        assert_backward(of_backward(fast), tensors | {name: part_of_a_projection(tensors[name])})
+    assert_backward(of_backward(fast), tensors, part_of_a_projection(dout))
+    for size in ({"headdim": 72}, {"headdim": 256}, {"dstate": 16}, {"dstate": 72}):
+        assert_backward(of_backward("mma"), inputs.ssd(**shape | size, optional=False, dtype=BF16))
+
+
 @pytest.mark.parametrize(("dtype", "headdim", "dstate"), [(F32, 8, 12), (BF16, 8, 12), (BF16, 64, 128), (F16, 96, 64)])
 @pytest.mark.parametrize("indices", [torch.int32, torch.int64])
 @pytest.mark.parametrize("seqlen", [100, 33000])
@@ -1031,7 +1138,7 @@ def test_scan_with_cu_seqlens_that_make_no_sense(dtype, headdim, dstate, indices
         tensors["cu_seqlens"] = torch.tensor(bounds, dtype=indices, device=device)
         for initial_states in (states, states[:1].clone()):
             arguments = tensors | {"initial_states": initial_states}
-            oxiscan.mamba_chunk_scan_combined(**arguments, **SCAN_OPTIONS, return_varlen_states=True)
+            run(oxiscan.mamba_chunk_scan_combined, arguments, SCAN_OPTIONS | {"return_varlen_states": True})
     torch.cuda.synchronize(device)
 
 
@@ -1041,18 +1148,54 @@ def test_a_captured_scan_takes_other_documents(dtype, headdim, dstate, device):
     options = SCAN_OPTIONS | {"return_varlen_states": True}
     make = scan(batch=1, seqlen=300, headdim=headdim, dstate=dstate, lengths=(100, 60, 140, 0, 0, 0), dtype=dtype)
     static = make(device=device, seed=0)
-    oxiscan.mamba_chunk_scan_combined(**static, **options)
+    gradients = [
+        inputs.normal(*static["x"].shape, dtype=dtype, device=device),
+        None,
+        static["initial_states"].to(dtype),
+    ]
+
+    def call():
+        return run(oxiscan.mamba_chunk_scan_combined, static, options, gradients)
+
+    call()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = oxiscan.mamba_chunk_scan_combined(**static, **options)
+        captured = call()
     for lengths in ((300, 0, 0, 0, 0, 0), (0, 1, 2, 64, 65, 100), (64, 64, 64, 64, 0, 0), (7, 0, 0, 0, 0, 0)):
         static["cu_seqlens"].copy_(inputs.cu_seqlens(*lengths, device=device))
         graph.replay()
-        for actual, expected in zip(captured, oxiscan.mamba_chunk_scan_combined(**static, **options), strict=True):
-            assert torch.equal(actual, expected)
+        assert_same_bits(captured, call())
         for document, length in enumerate(lengths):
             if length == 0:
-                assert torch.equal(captured[2][document], static["initial_states"][document].to(captured[2].dtype))
+                assert torch.equal(captured["out2"][document], static["initial_states"][document].to(dtype))
+                assert torch.equal(captured["dinitial_states"][document], gradients[2][document].float())
+
+
+@pytest.mark.parametrize("z", [False, True])
+@pytest.mark.parametrize(("x", "tokens"), [(Tensor.clone, 128), (unaligned, 64)])
+def test_states_that_the_scan_s_backward_stores(x, tokens, z, device, monkeypatch):
+    """In one slot for so many tokens; in others for documents, where these have states."""
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        tokens = 64
+    shape = {"batch": 1, "seqlen": 1000, "nheads": 2, "ngroups": 1, "headdim": 64, "dstate": 64}
+    tensors = inputs.ssd(**shape, optional=False, dtype=BF16, device=device)
+    tensors |= {"x": x(tensors["x"]), "cu_seqlens": inputs.cu_seqlens(500, 0, 300, device=device)}
+    if z:
+        tensors["z"] = torch.randn_like(tensors["x"])
+    seen = {}
+    change_workspaces(monkeypatch, lambda n, t: seen.setdefault(n, t))
+
+    def slots(gradients=None, **states):
+        seen.clear()
+        options = {"chunk_size": 64, "return_final_states": True, "return_varlen_states": True}
+        run(oxiscan.mamba_chunk_scan_combined, tensors | states, options, gradients)
+        return seen["states"].numel() / (2 * 2 * 64 * 64)
+
+    of_tokens = -(-1000 // tokens) + 1
+    gradients = [torch.randn_like(tensors["x"]), torch.randn(1, 2, 64, 64, device=device), None]
+    assert slots(gradients) == of_tokens
+    assert slots(gradients, initial_states=torch.randn(3, 2, 64, 64, device=device)) == of_tokens + 3
+    assert slots() == of_tokens + 3
 
 
 # Of long128k what six parts of segments add to the states of 32 heads.
@@ -1356,6 +1499,53 @@ def test_above_2_31_elements_of_the_scan(dtype, dstate, kernel, wgmma, device):
     assert all(part.isfinite().all() for part in out.split(2**14, dim=1))
     del out
     assert_scans(wgmma if kernel == "wgmma" else kernel, tensors, 2)
+
+
+@pytest.mark.parametrize(("dstate", "kernel"), [(64, None), (72, "mma")])
+def test_above_2_31_elements_of_the_gradients_of_the_scan(dstate, kernel, fast, device):
+    needs_memory(64)
+    nheads, headdim, window = 64, 64, 300
+    seqlen = 2**31 // (nheads * headdim) + 333
+    generator = torch.Generator(device).manual_seed(0)
+    shape = {"batch": 1, "seqlen": 1, "nheads": nheads, "headdim": headdim, "ngroups": nheads, "dstate": dstate}
+    tensors = inputs.ssd(**shape, dtype=BF16, parameters=F32, device=device)
+
+    def drawn(like):
+        return torch.randn((1, seqlen, *like.shape[2:]), dtype=like.dtype, device=device, generator=generator)
+
+    by_token = ("x", "dt", "B", "C")
+    dout = drawn(tensors["x"])
+    tensors |= {name: drawn(tensors[name]) for name in by_token}
+    del tensors["z"], tensors["dt_bias"]
+    dfinal = torch.randn(tensors["initial_states"].shape, device=device, generator=generator)
+    leaves = {name: t.requires_grad_() for name, t in tensors.items()}
+    outputs = oxiscan.mamba_chunk_scan_combined(**leaves, **SCAN_OPTIONS)
+    actual = dict(zip(leaves, torch.autograd.grad(outputs, list(leaves.values()), [dout, dfinal]), strict=True))
+    del outputs
+    tensors = {name: t.detach() for name, t in leaves.items()}
+    assert all(actual[name].numel() > 2**31 for name in ("x", "B", "C"))
+    # States decay by e^-0.16 a token or faster: what lies outside a window leaves no trace in its middle.
+    for end in (window, seqlen // 2 + 101, 2**31 // (nheads * headdim) + 20, seqlen):
+        tokens = slice(end - window, end)
+        part = {n: t[:, tokens] if n in by_token else t for n, t in tensors.items()}
+        if end != window:
+            del part["initial_states"]
+        part = {name: t.double() for name, t in part.items()}
+        gradients = [dout[:, tokens].double(), dfinal.double() * (end == seqlen)]
+        expected = run(reference.mamba_chunk_scan_combined, part, SCAN_OPTIONS, gradients)
+        middle = slice(0 if end == window else window // 3, window if end == seqlen else 2 * window // 3)
+        for name in by_token:
+            value = actual[name][:, tokens][:, middle]
+            assert_close(f"d{name} to {end}", value, expected[f"d{name}"][:, middle], TOLERANCES[BF16][1])
+        if end == window:
+            assert_close("dinitial_states", actual["initial_states"], expected["dinitial_states"], TOLERANCES[BF16][1])
+    for name, gradient in actual.items():
+        parts = gradient.split(2**14, dim=1) if name in by_token else [gradient]
+        assert all(part.isfinite().all() for part in parts), name
+    del actual
+    # Two segments.
+    states, *others = of_backward(kernel or fast)
+    assert_backward([states, states, *others], tensors, dout)
 
 
 def test_above_2_31_elements_of_chunk_states(device):

@@ -56,7 +56,7 @@ __device__ __forceinline__ void copy_box(void *to, const OxiTensorMap &map, int 
 }
 
 // The counterpart of copy_box: what lies outside of the tensor is left out. The shared memory may be written again after
-// wait_for_box_reads by the same thread.
+// wait_for_bulk_reads by the same thread.
 __device__ __forceinline__ void store_box(const OxiTensorMap &map, int i0, int i1, int i2, int i3, const void *from) {
   asm volatile(
       "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];\n"
@@ -65,7 +65,26 @@ __device__ __forceinline__ void store_box(const OxiTensorMap &map, int i0, int i
       : "memory");
 }
 
-__device__ __forceinline__ void wait_for_box_reads() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+// Copies of so many bytes, a multiple of 16, between 16-byte aligned addresses: as copy_box and as store_box.
+__device__ __forceinline__ void copy_bytes(void *to, const void *from, int bytes, Barrier &barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(to)),
+               "l"(from), "r"(bytes), "r"(shared_address(&barrier.word))
+               : "memory");
+}
+__device__ __forceinline__ void store_bytes(void *to, const void *from, int bytes) {
+  asm volatile(
+      "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n"
+      "cp.async.bulk.commit_group;" ::"l"(to),
+      "r"(shared_address(from)), "r"(bytes)
+      : "memory");
+}
+
+// Until the shared memory of all of this thread's stores but the latest N is read.
+template <int N>
+__device__ __forceinline__ void wait_for_bulk_reads() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
+}
 
 // The stage of a ring of kStages, and the parity of its barriers' phases.
 template <int kStages>

@@ -117,12 +117,6 @@ struct Filter {
   }
 };
 
-// The gradient of silu.
-__device__ __forceinline__ float silu_grad(float x) {
-  const float sig = sigmoid(x);
-  return sig * fmaf(x, 1.0f - sig, 1.0f);
-}
-
 __device__ __forceinline__ long long state_offset(const OxiTensor3 &states, long long row, int channel, int column) {
   return row * states.stride[0] + channel * states.stride[1] + column * states.stride[2];
 }

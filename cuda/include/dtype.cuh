@@ -173,7 +173,20 @@ __device__ inline long long load_integer_anew(const void *data, long long offset
   return static_cast<const volatile int *>(data)[offset];
 }
 
-// Store an element of a tensor whose dtype is known at run time.
+// Element's number among the dtypes that are known at run time.
+template <typename T>
+constexpr int kDtype = OXI_F32;
+template <>
+constexpr int kDtype<bf16> = OXI_BF16;
+template <>
+constexpr int kDtype<f16> = OXI_F16;
+
+// Load and store an element of a tensor whose dtype is known at run time.
+__device__ inline float load_scalar(const void *data, int dtype, long long offset) {
+  if (dtype == OXI_F32) return static_cast<const float *>(data)[offset];
+  if (dtype == OXI_BF16) return to_float(static_cast<const bf16 *>(data)[offset]);
+  return to_float(static_cast<const f16 *>(data)[offset]);
+}
 __device__ inline void store_scalar(void *data, int dtype, long long offset, float value) {
   if (dtype == OXI_F32) {
     static_cast<float *>(data)[offset] = value;

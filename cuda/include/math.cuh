@@ -25,6 +25,12 @@ __device__ inline float sigmoid(float x) { return fast_reciprocal(1.0f + fast_ex
 
 __device__ inline float silu(float x) { return x * sigmoid(x); }
 
+// Its derivative.
+__device__ inline float silu_grad(float x) {
+  const float sig = sigmoid(x);
+  return sig * fmaf(x, 1.0f - sig, 1.0f);
+}
+
 // ln(1 + e^x), the identity above 20 as torch's.
 __device__ inline float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
 

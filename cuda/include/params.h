@@ -270,6 +270,9 @@ enum {
 /* The chunk scan, forward. D (nheads, headdim), expanded where it has one value a head. D, z, states, dt_bias, seq_idx,
  * cu_seqlens: data null where not given.
  *
+ * dout: null but for a backward with z, where the forward kernels find the gradients of what is multiplied: y silu(z) is not
+ * stored, but dz, and in out the gradient of y.
+ *
  * The segments of a long sequence are walked at the same time. segment_states: what each part of each but the last adds to
  * the state, by batch, part and head, of one head in an order of the kernel's; segment_decays: the factor by which the state
  * before it decays, 0 where another run begins. */
@@ -312,6 +315,8 @@ struct OxiSsd {
   struct OxiTensor2 D;              /* nheads, headdim */
   struct OxiTensor4 z;              /* batch, seqlen, nheads, headdim */
   struct OxiTensor4 out;            /* batch, seqlen, nheads, headdim */
+  struct OxiTensor4 dout;           /* batch, seqlen, nheads, headdim */
+  struct OxiTensor4 dz;             /* batch, seqlen, nheads, headdim */
   struct OxiTensor4 initial_states; /* rows, nheads, headdim, dstate */
   struct OxiTensor4 final_states;   /* batch, nheads, headdim, dstate */
   struct OxiTensor4 varlen_states;  /* ndocs, nheads, headdim, dstate */
@@ -335,6 +340,63 @@ struct OxiSsdMapped {
   struct OxiTensorMap C;
   struct OxiTensorMap out;
   struct OxiSsd ssd;
+};
+
+/* The chunk scan, backward, in launches that share these (ssd_bwd.cuh): cuts, walks along the states, tiles, parameters.
+ * Of `ssd` z, out, dout and dz are not used, `slices` do not overlap, and final_states and varlen_states are their gradients,
+ * as initial_states are the states: data null where there is none.
+ *
+ * states: of Element; the states that enter tiles, then, as many again, the gradients of those that leave them, by batch, slot,
+ * head and slice. ssd.segment_states: what segments add to the states, then to their gradients, by batch, order in which they
+ * are walked, head and slice; ssd.segment_decays: by direction, batch, order and head.
+ *
+ * partials (batch windows, nheads (2 + dD_columns)): what the tiles of a window add to dA, ddt_bias and dD, in this order, of
+ * all heads each. */
+struct OxiSsdBackward {
+  struct OxiSsd ssd;
+  struct OxiTensor4 dy; /* batch, seqlen, nheads, headdim: the gradient of what z gates, or of out */
+  struct OxiTensor4 dx; /* batch, seqlen, nheads, headdim */
+  struct OxiTensor3 ddt;
+  struct OxiTensor4 dB;              /* batch, seqlen, ngroups, dstate */
+  struct OxiTensor4 dC;              /* batch, seqlen, ngroups, dstate */
+  struct OxiTensor4 dinitial_states; /* rows, nheads, headdim, dstate */
+  struct OxiVector dA;
+  struct OxiVector ddt_bias;
+  struct OxiTensor2 dD; /* nheads, dD_columns */
+  void *states;
+  /* Of wgmma kernels, by batch, head and token: dt, then of all tokens log2 of the decay from the tile's start, then dt's
+   * derivative. */
+  float *tokens;
+  float *partials;
+  /* By sequence and window: of its tokens bit i says whether a run begins with the i-th; the last token up to its first one
+   * with which a run begins. Null where a sequence is one run. */
+  unsigned long long *marks;
+  int *run_starts;
+  /* Windows of OXI_SSD_TILE tokens of a sequence. Slots of states: one for so many tokens, then those of documents, where they
+   * have states, then one more. */
+  int windows;
+  int slot_tokens;
+  int token_slots;
+  int document_slots;
+  int slots;
+  int batch;
+  int ngroups;
+  /* 0: no D; 1: one a head; else headdim. */
+  int dD_columns;
+  int dD_dtype;
+  int wide_ddt;
+  int wide_dinitial_states;
+  int reserved;
+};
+
+/* x, dy, B and C by boxes of 64 tokens and 64 elements, dx by boxes of 16 tokens; of any dtype of 16 bits. */
+struct OxiSsdBackwardMapped {
+  struct OxiTensorMap x;
+  struct OxiTensorMap dy;
+  struct OxiTensorMap B;
+  struct OxiTensorMap C;
+  struct OxiTensorMap dx;
+  struct OxiSsdBackward bwd;
 };
 
 /* dense: rows along dstate move in packs, and take whole ones, in all tensors of states. */

@@ -179,21 +179,25 @@ struct Discretize {
     if (dt < p.dt_min) dt = p.dt_min;
     return dt > p.dt_max ? p.dt_max : dt;
   }
+
+  // The same; slope: its derivative.
+  __device__ __forceinline__ float dt(const OxiSsd &p, float raw, float &slope) const {
+    const float biased = raw + bias;
+    const float unclamped = p.dt_softplus ? softplus(biased) : biased;
+    slope = p.dt_softplus && biased <= 20.0f ? sigmoid(biased) : 1.0f;
+    if (unclamped < p.dt_min || unclamped > p.dt_max) slope = 0.0f;
+    return dt(p, raw);
+  }
 };
 
-// By one warp: dt of the two tokens that a lane has of a tile of `size`, and l, the sum of log2 decays up to each. Past the
-// tile dt is 0 and l that of its last token. raw(i) is the i-th token's dt as it comes. Gives the sum up to the lane's second
-// token as it was added up over lanes, which l rounds otherwise.
-template <typename Raw>
-__device__ __forceinline__ float sum_decays(const OxiSsd &p, const Discretize &head, int size, Raw raw, float (&dt)[2],
-                                            float (&l)[2]) {
+// By one warp: the sum of log2 decays up to each of the two tokens that a lane has of a tile; past the tile, where dt is 0, up
+// to its last token. Gives the sum up to the lane's second token as it was added up over lanes, which l rounds otherwise.
+__device__ __forceinline__ float sum_decays(const Discretize &head, const float (&dt)[2], float (&l)[2]) {
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const bool inside = 2 * lane + i < size;
-    dt[i] = inside ? head.dt(p, raw(i)) : 0.0f;
     const float decay = dt[i] * head.A;
-    l[i] = inside ? (decay < kLeastDecay ? kLeastDecay : decay) : 0.0f;
+    l[i] = decay < kLeastDecay ? kLeastDecay : decay;
   }
   l[1] += l[0];
   float sum = l[1];
@@ -208,6 +212,15 @@ __device__ __forceinline__ float sum_decays(const OxiSsd &p, const Discretize &h
   l[0] += before;
   l[1] += before;
   return sum;
+}
+
+// The same of a tile of `size`, with dt, where raw(i) is the i-th token's as it comes.
+template <typename Raw>
+__device__ __forceinline__ float sum_decays(const OxiSsd &p, const Discretize &head, int size, Raw raw, float (&dt)[2],
+                                            float (&l)[2]) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) dt[i] = 2 * static_cast<int>(threadIdx.x % kWarp) + i < size ? head.dt(p, raw(i)) : 0.0f;
+  return sum_decays(head, dt, l);
 }
 
 // The row of initial states that is a document's, -1 for none; the same of the run that begins at token t.

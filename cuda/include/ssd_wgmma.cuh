@@ -232,8 +232,8 @@ struct Step {
   unsigned leaving[kTile / 16][4];
   float over_tile;
 
-  __device__ __forceinline__ void load(const unsigned char *x, const Vectors<false> &vectors) {
-    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp % 4;
+  __device__ __forceinline__ void load(const unsigned char *x, const Vectors<false> &vectors, int thread = threadIdx.x) {
+    const int lane = thread % kWarp, warp = thread / kWarp % 4;
     const int row = lane / 16 * 8 + lane % 8, chunk = 2 * warp + lane / 8 % 2;
     over_tile = vectors.over_tile;
     uint4 factors[kTile / 16];
@@ -274,11 +274,11 @@ struct State {
   // The warpgroups with states are the first ones.
   int group = __shfl_sync(kAllLanes, threadIdx.x / kWarpgroup, 0);
 
-  // visit(element, where it is from the begin of this head's part of a row of `states`) of each. The barriers, of this
-  // warpgroup's threads, keep the compiler from asking for all of a state's loads before it uses the first, and what is said
-  // of the offset keeps it from computing all of them: either would take more registers than there are.
+  // visit(element, where it is from the begin of this head's part of a row of `states`) of each in `rows` rows. The barriers,
+  // of this warpgroup's threads, keep the compiler from asking for all of a state's loads before it uses the first, and what
+  // is said of the offset keeps it from computing all of them: either would take more registers than there are.
   template <typename Visit>
-  __device__ __forceinline__ void each(const OxiTensor4 &states, Visit visit) {
+  __device__ __forceinline__ void each(const OxiTensor4 &states, int rows, Visit visit) {
     int thread = threadIdx.x % kWarpgroup;
     asm volatile("" : "+r"(thread));
     const int row = thread / kWarp * 16 + thread % kWarp / 4, column = group * kColumns + 2 * (thread % 4);
@@ -287,7 +287,7 @@ struct State {
     for (int j = 0; j < kColumns / 8; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (row < kHeaddim) visit(value[4 * j + i], offset + i % 2 * states.stride[3] + i / 2 * 8 * states.stride[2]);
+        if (row + i / 2 * 8 < rows) visit(value[4 * j + i], offset + i % 2 * states.stride[3] + i / 2 * 8 * states.stride[2]);
       }
       offset += 8 * states.stride[3];
       asm volatile("" : "+l"(offset));
@@ -316,13 +316,13 @@ struct State {
   template <typename T>
   __device__ __forceinline__ void load(const OxiTensor4 &states, const Walk &walk, long long row) {
     const T *from = at<T>(states, walk, row);
-    each(states, [&](float &value, long long offset) { value = to_float(from[offset]); });
+    each(states, kHeaddim, [&](float &value, long long offset) { value = to_float(from[offset]); });
   }
 
   template <typename T>
   __device__ __forceinline__ void store(const OxiTensor4 &states, const Walk &walk, long long row) {
     T *to = at<T>(states, walk, row);
-    each(states, [&](float &value, long long offset) { to[offset] = from_float<T>(value); });
+    each(states, kHeaddim, [&](float &value, long long offset) { to[offset] = from_float<T>(value); });
   }
 
   // Of this head and slice in a tensor of states.
@@ -338,7 +338,7 @@ struct State {
       // Not rounded to every dtype ahead of the loop over documents.
       keep_in_place(value);
       if (initial >= -1) {
-        copy_initial(p, walk, initial, p.varlen_states, p.varlen_dtype, row);
+        copy_initial(p, walk, initial, row);
       } else if (p.varlen_dtype == OXI_F32) {
         store<float>(p.varlen_states, walk, row);
       } else if (p.varlen_dtype == OXI_BF16) {
@@ -349,10 +349,9 @@ struct State {
     });
   }
 
-  // The state of what has no tokens: row `initial` of the initial states, zeros if it is negative.
-  __device__ static __forceinline__ void copy_initial(const OxiSsd &p, const Walk &walk, long long initial,
-                                                      const OxiTensor4 &to, int dtype, long long row) {
-    const OxiTensor4 &from = p.initial_states;
+  // To row `row` of varlen states what a document without tokens has: row `initial` of the initial states, zeros if negative.
+  __device__ static __forceinline__ void copy_initial(const OxiSsd &p, const Walk &walk, long long initial, long long row) {
+    const OxiTensor4 &from = p.initial_states, &to = p.varlen_states;
 #pragma unroll 1
     for (int i = threadIdx.x; i < kHeaddim * kDstate; i += kStateGroups * kWarpgroup) {
       const int along_headdim = i / kDstate, n = i % kDstate;
@@ -361,51 +360,46 @@ struct State {
         value = oxi::load_initial(
             p, walk.state_offset(from, initial) + along_headdim * from.stride[2] + n * from.stride[3]);
       }
-      store_scalar(to.data, dtype,
+      store_scalar(to.data, p.varlen_dtype,
                    walk.state_offset(to, row) + along_headdim * to.stride[2] + n * to.stride[3], value);
     }
   }
 
-  // Where this thread's elements of what a segment adds are, in fours that kStateGroups * kWarpgroup fours apart.
-  __device__ static __forceinline__ float4 *in_segment(const OxiSsd &p, const Walk &walk, int part) {
-    const long long index = walk.of_part(p, part) * p.slices + walk.slice;
+  // Where this thread's elements of what a segment adds are, of the state of this index, in fours that
+  // kStateGroups * kWarpgroup fours apart.
+  __device__ static __forceinline__ float4 *in_segment(const OxiSsd &p, long long index) {
     return reinterpret_cast<float4 *>(p.segment_states) + index * (kRows * kDstate / 4) + threadIdx.x;
   }
 
-  __device__ __forceinline__ void store_segment(const OxiSsd &p, const Walk &walk) const {
-    float4 *to = in_segment(p, walk, walk.segment);
+  __device__ __forceinline__ void store_segment(const OxiSsd &p, long long index) const {
+    float4 *to = in_segment(p, index);
 #pragma unroll
     for (int i = 0; i < kColumns / 2; i += 4) {
       to[i / 4 * (kStateGroups * kWarpgroup)] = make_float4(value[i], value[i + 1], value[i + 2], value[i + 3]);
     }
   }
 
-  // The state at the walk's begin: what the parts before it added, each decayed over those that follow.
-  __device__ __forceinline__ void enter_segment(const OxiSsd &p, const Walk &walk) {
-    clear();
-#pragma unroll 1
-    for (int part = 0; part < Walk::parts_before(walk.segment); ++part) {
-      const float decay = p.segment_decays[walk.of_part(p, part)];
-      const float4 *from = in_segment(p, walk, part);
-      // Values whose loads are under way together.
-      constexpr int kAtOnce = kDstate == 256 ? 32 : kColumns / 2;
+  // On over a segment, of which it is known how much what comes before it decays and what it adds.
+  __device__ __forceinline__ void pass_segment(const OxiSsd &p, long long index, float decay) {
+    const float4 *from = in_segment(p, index);
+    // Values whose loads are under way together.
+    constexpr int kAtOnce = kDstate == 256 ? 32 : kColumns / 2;
 #pragma unroll
-      for (int first = 0; first < kColumns / 2; first += kAtOnce) {
-        float4 added[kAtOnce / 4];
+    for (int first = 0; first < kColumns / 2; first += kAtOnce) {
+      float4 added[kAtOnce / 4];
 #pragma unroll
-        for (int i = 0; i < kAtOnce / 4; ++i) added[i] = from[(first / 4 + i) * (kStateGroups * kWarpgroup)];
-        // A state that another run begins after may not be finite.
-        if (first == 0 && decay == 0.0f) clear();
+      for (int i = 0; i < kAtOnce / 4; ++i) added[i] = from[(first / 4 + i) * (kStateGroups * kWarpgroup)];
+      // A state that another run begins after may not be finite.
+      if (first == 0 && decay == 0.0f) clear();
 #pragma unroll
-        for (int i = 0; i < kAtOnce / 4; ++i) {
-          float *own = value + first + 4 * i;
-          own[0] = fmaf(decay, own[0], added[i].x);
-          own[1] = fmaf(decay, own[1], added[i].y);
-          own[2] = fmaf(decay, own[2], added[i].z);
-          own[3] = fmaf(decay, own[3], added[i].w);
-        }
-        wait_for_warpgroup();
+      for (int i = 0; i < kAtOnce / 4; ++i) {
+        float *own = value + first + 4 * i;
+        own[0] = fmaf(decay, own[0], added[i].x);
+        own[1] = fmaf(decay, own[1], added[i].y);
+        own[2] = fmaf(decay, own[2], added[i].z);
+        own[3] = fmaf(decay, own[3], added[i].w);
       }
+      wait_for_warpgroup();
     }
   }
 

@@ -63,11 +63,12 @@ __device__ __forceinline__ void keep_in_place(float (&d)[N]) {
 #define OXI_TEXT(text) OXI_TEXT_(text)
 #define OXI_D8(i) \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define OXI_D24 OXI_D8(0), OXI_D8(8), OXI_D8(16)
+#define OXI_D16 OXI_D8(0), OXI_D8(8)
+#define OXI_D24 OXI_D16, OXI_D8(16)
 #define OXI_D32 OXI_D24, OXI_D8(24)
 #define OXI_D64 OXI_D32, OXI_D8(32), OXI_D8(40), OXI_D8(48), OXI_D8(56)
-#define OXI_NAMES24 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23"
+#define OXI_NAMES16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define OXI_NAMES24 OXI_NAMES16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define OXI_NAMES32 OXI_NAMES24 ", %24, %25, %26, %27, %28, %29, %30, %31"
 #define OXI_NAMES64                                                                                                  \
   OXI_NAMES32                                                                                                        \
@@ -84,14 +85,15 @@ struct Product;
 #define OXI_PRODUCT_OF(columns, names, registers, n0, n1, n2, n3, n4, n5, n6)                                        \
   template <>                                                                                                        \
   struct Product<columns> {                                                                                          \
-    /* A and B in shared memory, both K-major. */                                                                    \
+    /* A and B in shared memory, each kAlongRows or kAcrossRows. */                                                  \
+    template <int kWayOfA = kAlongRows, int kWayOfB = kAlongRows>                                                    \
     __device__ static __forceinline__ void of_shared(float (&d)[columns / 2], unsigned a, unsigned b, int add) {     \
       asm volatile(                                                                                                  \
           "{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.b32 add, " n2 ", 0;\n"                                       \
           "mov.b64 a, {" n0 ", " OXI_OPERAND_HIGH "};\nmov.b64 b, {" n1 ", " OXI_OPERAND_HIGH "};\n" OXI_PRODUCT(    \
-              columns, names) "a, b, add, 1, 1, 0, 0;\n}"                                                            \
+              columns, names) "a, b, add, 1, 1, " n3 ", " n4 ";\n}"                                                    \
           : registers                                                                                                \
-          : "r"(a), "r"(b), "r"(add)                                                                                 \
+          : "r"(a), "r"(b), "r"(add), "n"(kWayOfA), "n"(kWayOfB)                                                     \
           : "memory");                                                                                               \
     }                                                                                                                \
     /* A in registers, B in shared memory, kAlongRows or kAcrossRows. */                                             \
@@ -107,6 +109,7 @@ struct Product;
     }                                                                                                                \
   };
 
+OXI_PRODUCT_OF(32, OXI_NAMES16, OXI_D16, "%16", "%17", "%18", "%19", "%20", "%21", "%22")
 OXI_PRODUCT_OF(48, OXI_NAMES24, OXI_D24, "%24", "%25", "%26", "%27", "%28", "%29", "%30")
 OXI_PRODUCT_OF(64, OXI_NAMES32, OXI_D32, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
 OXI_PRODUCT_OF(128, OXI_NAMES64, OXI_D64, "%64", "%65", "%66", "%67", "%68", "%69", "%70")

@@ -8,6 +8,8 @@
 //   Y = M X + 2^l[t] (C H^T) + D X      out = Y silu(z)
 //   H' = 2^l[end] H + X^T diag(dt 2^(l[end] - l)) B
 //
+// With dout, of a backward: dz = dout Y silu'(z) and out = dout silu(z), the gradient of Y.
+//
 // Grid: a block has a segment of a sequence, for one head, or for a slice of it (up to 64 rows of the state).
 // Warps: the last one is the clock: it finds where tiles end and makes what dt and A make of them, a tile ahead of the
 // others. Of those four warp w has rows 16 w to 16 w + 15 of the state in accumulators, and the same columns of Y, zeros
@@ -85,6 +87,8 @@ struct alignas(1024) Shared {
   Line C_line;
   Line z_line;
   Line out_line;
+  Line dout_line;
+  Line dz_line;
 };
 
 // Of a tile, rows padded to DSTATE.
@@ -198,6 +202,8 @@ __device__ __forceinline__ void prepare(const OxiSsd &p, Shared &shared) {
     shared.C_line = line_of(p.C, walk.b, walk.group, 0, p.dstate);
     shared.z_line = line_of(p.z, walk.b, walk.head, walk.first, columns);
     shared.out_line = line_of(p.out, walk.b, walk.head, walk.first, columns);
+    shared.dout_line = line_of(p.dout, walk.b, walk.head, walk.first, columns);
+    shared.dz_line = line_of(p.dz, walk.b, walk.head, walk.first, columns);
   }
   if (p.D.data != nullptr && i < kSlice) {
     const long long offset = walk.head * p.D.stride[0] + (walk.first + i) * p.D.stride[1];
@@ -569,7 +575,9 @@ struct Outputs {
     const Span &tile = span_of(shared, i);
     const Blocks M(shared.M, kTile), x(shared.x[i % 2], kSlice);
     Pairs gates = {};
-    if (p.z.data != nullptr) load_gates(p, shared, tile, gates);
+    if (p.z.data != nullptr) {
+      load(p.z, shared.z_line, shared, tile, [&](const Pair &pair, int block, int half, int n) { gates[block][half][n] = pair; });
+    }
     add(M, x);
     store(p, shared, tile, x, gates);
   }
@@ -590,20 +598,51 @@ struct Outputs {
     }
   }
 
-  __device__ __forceinline__ void load_gates(const OxiSsd &p, const Shared &shared, const Span &tile, Pairs &gates) const {
-    if (shared.z_line.dense) {
-      each_pair(p.z, shared.z_line, shared, tile, [&](Element *pair, int, int block, int half, int n) {
-        gates[block][half][n] = *reinterpret_cast<const Pair *>(pair);
+  // Call visit(pair, block, half, n) with the thread's pairs of a tensor.
+  template <typename Visit>
+  __device__ __forceinline__ void load(const OxiTensor4 &tensor, const Line &line, const Shared &shared, const Span &tile,
+                                       Visit visit) const {
+    if (line.dense) {
+      each_pair(tensor, line, shared, tile, [&](const Element *pair, int, int block, int half, int n) {
+        visit(*reinterpret_cast<const Pair *>(pair), block, half, n);
       });
     } else {
-      each_pair(p.z, shared.z_line, shared, tile, [&](Element *pair, int count, int block, int half, int n) {
-        gates[block][half][n] = load_pack<2>(pair, p.z.stride[3], 0, count, false);
+      each_pair(tensor, line, shared, tile, [&](const Element *pair, int count, int block, int half, int n) {
+        visit(load_pack<2>(pair, tensor.stride[3], 0, count, false), block, half, n);
+      });
+    }
+  }
+  __device__ __forceinline__ void store(const OxiTensor4 &tensor, const Line &line, const Shared &shared, const Span &tile,
+                                        const Pairs &pairs) const {
+    if (line.dense) {
+      each_pair(tensor, line, shared, tile, [&](Element *pair, int, int block, int half, int n) {
+        *reinterpret_cast<Pair *>(pair) = pairs[block][half][n];
+      });
+    } else {
+      each_pair(tensor, line, shared, tile, [&](Element *pair, int count, int block, int half, int n) {
+        store_pack(pair, tensor.stride[3], 0, count, false, pairs[block][half][n]);
       });
     }
   }
 
-  __device__ __forceinline__ void store(const OxiSsd &p, const Shared &shared, const Span &tile, const Blocks &x,
-                                        const Pairs &gates) {
+  // dz, and the gradient of Y in its place.
+  __device__ __forceinline__ void backpropagate_gates(const OxiSsd &p, const Shared &shared, const Span &tile, Pairs &gates) {
+    const auto visit = [&](const Pair &gradients, int block, int half, int n) {
+      Pair &pair = gates[block][half][n];
+      float dgates[2];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        float &y = value[block][n][2 * half + j];
+        dgates[j] = gradients[j] * y * silu_grad(pair[j]);
+        y = gradients[j] * silu(pair[j]);
+      }
+      pair = Pair::of(dgates);
+    };
+    load(p.dout, shared.dout_line, shared, tile, visit);
+    store(p.dz, shared.dz_line, shared, tile, gates);
+  }
+
+  __device__ __forceinline__ void store(const OxiSsd &p, const Shared &shared, const Span &tile, const Blocks &x, Pairs &gates) {
     const int column = thread_now() % 4 * 2, first = first_now();
     Pairs results;
 #pragma unroll
@@ -618,26 +657,23 @@ struct Outputs {
           y[1] = fmaf(D.y, high(own.word[i], Element()), y[1]);
         }
       }
+    }
+    const bool backward = p.dout.data != nullptr;
+    if (backward) backpropagate_gates(p, shared, tile, gates);
+#pragma unroll
+    for (int block = 0; block < kTileBlocks; ++block) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int half = i / 2, n = i % 2;
         float y[2] = {value[block][n][2 * half], value[block][n][2 * half + 1]};
-        if (p.z.data != nullptr) {
+        if (p.z.data != nullptr && !backward) {
           y[0] *= silu(gates[block][half][n][0]);
           y[1] *= silu(gates[block][half][n][1]);
         }
         results[block][half][n] = Pair::of(y);
       }
     }
-    if (shared.out_line.dense) {
-      each_pair(p.out, shared.out_line, shared, tile, [&](Element *pair, int, int block, int half, int n) {
-        *reinterpret_cast<Pair *>(pair) = results[block][half][n];
-      });
-    } else {
-      each_pair(p.out, shared.out_line, shared, tile, [&](Element *pair, int count, int block, int half, int n) {
-        store_pack(pair, p.out.stride[3], 0, count, false, results[block][half][n]);
-      });
-    }
+    store(p.out, shared.out_line, shared, tile, results);
   }
 
   // Call visit(pair, count, block, half, n) for the thread's pairs, of whose elements the first `count` exist.
@@ -706,8 +742,8 @@ __device__ __forceinline__ void compute(const OxiSsd &p, Shared &shared) {
   }
 }
 
-// Blocks that share a multiprocessor at least. On 10.x registers would spill a little.
-constexpr int kMinBlocks = kDstate > 128 || __CUDA_ARCH__ / 100 == 10 ? 1 : 2;
+// Blocks that share a multiprocessor at least. On 10.x registers would spill a little, on 12.x there is shared memory for one.
+constexpr int kMinBlocks = kDstate > 128 || __CUDA_ARCH__ >= 1000 ? 1 : 2;
 
 extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) KERNEL(const __grid_constant__ OxiSsd p) {
   extern __shared__ __align__(1024) unsigned char memory[];

@@ -4,6 +4,8 @@
 //
 //   state = exp(dt A) state + (dt x) B          out = (state C + D x) silu(z)
 //
+// With dout, of a backward: dz = dout y silu'(z), where y is what z multiplies, and out = dout silu(z), the gradient of y.
+//
 // A run begins with a document's initial state or zeros; final states are what the sequence's last token leaves, varlen
 // states what a document's does.
 //
@@ -47,13 +49,13 @@ constexpr int kWarpRows = kWarp / kLanes * kRows;
 constexpr int kMaxWarps = 8;
 constexpr int kStep = 8;
 // Enough for no spills; of 4 warps, which a usual head makes with a dstate of 128, three blocks at a time.
-constexpr int kRegisters = kHeld == 16 ? 168 : 208;
+constexpr int kRegisters = kHeld == 16 ? 168 : 216;
 
 struct Step {
   Element B[kStep][kColumns];
   Element C[kStep][kColumns];
   Element x[kMaxWarps][kStep][kWarpRows];
-  // First z, then silu(z).
+  // First z, then what a row's sum is multiplied with: silu(z), of a backward dout silu'(z).
   Element gates[kMaxWarps][kStep][kWarpRows];
 };
 
@@ -94,6 +96,23 @@ __device__ __forceinline__ void ask(const OxiSsd &p, const Walk &walk, int rows,
     const bool inside = t + i < walk.end && row_of_slice < rows;
     copy(&step.x[warp][i][row], x, p.x, i, walk.first + row_of_slice, inside);
     if (gated) copy(&step.gates[warp][i][row], z, p.z, i, walk.first + row_of_slice, inside);
+  }
+}
+
+// Of a warp's gates, from token t on and `rows` of them at most: the gradient of what they multiply, and what makes of that
+// their own.
+__device__ __forceinline__ void backpropagate_gates(const OxiSsd &p, const Walk &walk, int rows, int t, Element *gates) {
+  const int first = walk.first + threadIdx.x / kWarp * kWarpRows;
+  const Element *dout = line(p.dout, walk.b, t, walk.head) + first * p.dout.stride[3];
+  Element *out = line(p.out, walk.b, t, walk.head) + first * p.out.stride[3];
+#pragma unroll
+  for (int place = threadIdx.x % kWarp; place < kStep * kWarpRows; place += kWarp) {
+    const int i = place / kWarpRows, row = place % kWarpRows;
+    if (t + i >= walk.end || row >= rows) continue;
+    const float gate = to_float(gates[place]);
+    const float gradient = to_float(dout[i * p.dout.stride[1] + row * p.dout.stride[3]]);
+    gates[place] = from_float<Element>(gradient * silu_grad(gate));
+    out[i * p.out.stride[1] + row * p.out.stride[3]] = from_float<Element>(gradient * silu(gate));
   }
 }
 
@@ -277,12 +296,14 @@ extern "C" __global__ void __maxnreg__(kRegisters) KERNEL(const __grid_constant_
 
   // Of the latest token: state C over the lane's elements, x and gate of its own row.
   float sums[kRows] = {}, own_x = 0.0f, own_gate = 0.0f;
-  Element *out = line(p.out, walk.b, walk.begin, walk.head) + own_row * p.out.stride[3] - p.out.stride[1];
+  const bool backward = p.dout.data != nullptr;
+  const OxiTensor4 &results = backward ? p.dz : p.out;
+  Element *out = line(results, walk.b, walk.begin, walk.head) + own_row * results.stride[3] - results.stride[1];
   // To be called before each token with the one before, even before the first one.
   const auto finish = [&](int t) __attribute__((always_inline)) {
     const float y = fmaf(D, own_x, sum_of_own_row(sums)) * own_gate;
     if (stores && t >= walk.begin) *out = from_float<Element>(y);
-    out += p.out.stride[1];
+    out += results.stride[1];
   };
 
   // Over tokens t to stop - 1 of the step that begins with token `first`.
@@ -345,8 +366,12 @@ extern "C" __global__ void __maxnreg__(kRegisters) KERNEL(const __grid_constant_
     ask_from(first + kStep);
     if (gated) {
       Element *gates = &step.gates[warp][0][0];
+      if (backward) {
+        backpropagate_gates(p, walk, rows - warp * kWarpRows, first, gates);
+      } else {
 #pragma unroll
-      for (int i = lane; i < kStep * kWarpRows; i += kWarp) gates[i] = from_float<Element>(silu(to_float(gates[i])));
+        for (int i = lane; i < kStep * kWarpRows; i += kWarp) gates[i] = from_float<Element>(silu(to_float(gates[i])));
+      }
       __syncwarp();
     }
 

@@ -8,6 +8,8 @@
 //   Y = M X + 2^l[t] (C H^T) + D X      out = Y silu(z)
 //   H' = 2^l[end] H + X^T diag(dt 2^(l[end] - l)) B
 //
+// With dout, of a backward: dz = dout Y silu'(z) and out = dout silu(z), the gradient of Y.
+//
 // Grid: a block has a segment of a sequence, for one head, or for a slice of it (kHeaddim rows of the state).
 // Warpgroups, each with a part of the work, a tile or more apart from one another; states and loads are ssd_wgmma.cuh's:
 //
@@ -128,6 +130,28 @@ __device__ __forceinline__ void multiply_C(float (&d)[kColumns / 2], const HeldC
   end_of_products();
 }
 
+// Of a thread's pairs of a token, 8 columns apart from `column` on: dz, and the gradient of Y in its place. `y`: the first of
+// the pairs, of fours of Y.
+__device__ __forceinline__ void backpropagate_gate(const OxiSsd &p, const Walk &walk, int t, int column, const Element *z,
+                                                   float *y) {
+  const Element *dout = rows_of(p.dout, walk.b, walk.head, walk.first + column) + t * p.dout.stride[1];
+  Element *dz = const_cast<Element *>(rows_of(p.dz, walk.b, walk.head, walk.first + column)) + t * p.dz.stride[1];
+#pragma unroll
+  for (int j = 0; j < kHeaddim / 8; ++j) {
+    const unsigned gates = *reinterpret_cast<const unsigned *>(z + 8 * j);
+    const unsigned gradients = *reinterpret_cast<const unsigned *>(dout + 8 * j);
+    const float gate[2] = {low(gates, Element()), high(gates, Element())};
+    const float gradient[2] = {low(gradients, Element()), high(gradients, Element())};
+    float dgate[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      dgate[i] = gradient[i] * y[4 * j + i] * silu_grad(gate[i]);
+      y[4 * j + i] = gradient[i] * silu(gate[i]);
+    }
+    *reinterpret_cast<unsigned *>(dz + 8 * j) = join(dgate[0], dgate[1], Element());
+  }
+}
+
 __device__ __forceinline__ void write_outputs(const OxiSsdMapped &mapped, const Walk &walk, Storage &storage, int group) {
   const OxiSsd &p = mapped.ssd;
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / kWarp % 4, 0);
@@ -136,7 +160,8 @@ __device__ __forceinline__ void write_outputs(const OxiSsdMapped &mapped, const 
   RingPosition<kStagesOfX> of_x;
   RingPosition<kStateBuffers> buffer;
   for (int i = 0; i < group; ++i) at.advance(), of_x.advance(), buffer.advance();
-  const bool has_one_D = p.D.data == nullptr || p.D.stride[1] == 0;
+  // As well where there is no D, and its strides are 0.
+  const bool has_one_D = p.D.stride[1] == 0;
   // The stage of x from which the out of the tile before leaves.
   int leaving = -1;
   for (;;) {
@@ -162,7 +187,7 @@ __device__ __forceinline__ void write_outputs(const OxiSsdMapped &mapped, const 
     }
     multiply_C<kTile>(S, held, C, B);
     if (leaving >= 0) {
-      if (kStoresBoxes && lane == 0) wait_for_box_reads();
+      if (kStoresBoxes && lane == 0) wait_for_bulk_reads<0>();
       __syncwarp();
       storage.ring.x_empty[leaving].arrive();
     }
@@ -217,6 +242,10 @@ __device__ __forceinline__ void write_outputs(const OxiSsdMapped &mapped, const 
       for (int half = 0; half < 2; ++half) {
         const int t = row + 8 * half;
         const Element *from = z + (begin + t) * p.z.stride[1];
+        if (p.dout.data != nullptr) {
+          if (t < size) backpropagate_gate(p, walk, begin + t, column, from, Y + 2 * half);
+          continue;
+        }
 #pragma unroll
         for (int j = 0; j < kHeaddim / 8; ++j) {
           const unsigned word = t < size ? *reinterpret_cast<const unsigned *>(from + 8 * j) : 0;
@@ -258,12 +287,17 @@ __device__ __forceinline__ void write_outputs(const OxiSsdMapped &mapped, const 
     leaving = of_x.stage;
     for (int i = 0; i < kOutputGroups; ++i) at.advance(), of_x.advance(), buffer.advance();
   }
-  if (kStoresBoxes && threadIdx.x % kWarp == 0) wait_for_box_reads();
+  if (kStoresBoxes && threadIdx.x % kWarp == 0) wait_for_bulk_reads<0>();
 }
 
 __device__ __forceinline__ void walk_states(const OxiSsd &p, const Walk &walk, Storage &storage) {
   State state;
-  state.enter_segment(p, walk);
+  state.clear();
+#pragma unroll 1
+  for (int part = 0; part < Walk::parts_before(walk.segment); ++part) {
+    const long long added = walk.of_part(p, part);
+    state.pass_segment(p, added * p.slices + walk.slice, p.segment_decays[added]);
+  }
   if (walk.begin == 0) state.store_ended(p, walk, 0);
   RingPosition<kOutputGroups> output;
   RingPosition<kStateBuffers> buffer;

@@ -39,8 +39,9 @@ __device__ __forceinline__ void walk_states(const OxiSsd &p, const Walk &walk, T
     decay *= tiles.step.over_tile;
     state.begin_step(tiles.step, tiles.stage());
   }
-  state.store_segment(p, walk);
-  if (walk.slice == 0 && threadIdx.x == 0) p.segment_decays[walk.of_part(p, walk.segment)] = decay;
+  const long long added = walk.of_part(p, walk.segment);
+  state.store_segment(p, added * p.slices + walk.slice);
+  if (walk.slice == 0 && threadIdx.x == 0) p.segment_decays[added] = decay;
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)

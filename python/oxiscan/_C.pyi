@@ -23,6 +23,7 @@ __all__ = [
     "_cuda_driver_version",
     "_cuda_kernels",
     "_panic",
+    "_ssd_backward_slot_tokens",
 ]
 
 # x, weight; bias, seq_idx, cu_seqlens, initial_states
@@ -57,6 +58,8 @@ _SsdTensors = tuple[
     Tensor | None,
     Tensor | None,
 ]
+# dy, states, partials, cuts, segments
+_SsdWorkspaces = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 # seq_idx, cu_seqlens
 _TokenPacking = tuple[Tensor | None, Tensor | None]
 # cu_chunk_seqlens, seq_idx
@@ -68,7 +71,6 @@ class _BuildInfo(TypedDict):
     simd: str
     profile: str
     cuda_ops: list[str]
-    cuda_forward_only: list[str]
     cuda_archs: list[str]
     cuda_chunk_scan: tuple[list[int], list[int], int]
 
@@ -184,7 +186,11 @@ def ssd_backward(
     dz: Tensor | None,
     ddt_bias: Tensor | None,
     dinitial_states: Tensor | None,
+    workspaces: _SsdWorkspaces,
 ) -> None: ...
+def _ssd_backward_slot_tokens(
+    x: Tensor, dy: Tensor, B: Tensor, C: Tensor, dx: Tensor, dB: Tensor, dC: Tensor
+) -> int: ...
 def ssd_varlen_forward(
     tensors: _SsdTensors,
     packing: _ChunkPacking,

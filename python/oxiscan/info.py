@@ -60,7 +60,10 @@ def _chunk_scan(arch: str) -> dict[str, str]:
     else:
         fast = {}
         rest = f"bf16, fp16, sizes up to {largest}, any strides; fastest at {sizes}, rows aligned to 16 bytes"
-    return fast | {rest: "mma.sync", f"float32, sizes up to {largest}": "recurrence on CUDA cores"}
+    return fast | {
+        rest: "mma.sync",
+        f"float32, sizes up to {largest}": "recurrence on CUDA cores, gradients by mma.sync",
+    }
 
 
 def collect() -> dict[str, Any]:
@@ -78,7 +81,6 @@ def collect() -> dict[str, Any]:
         "torch": torch.__version__,
         "megatron_core": _version("megatron-core"),
         "cuda_ops": build["cuda_ops"],
-        "cuda_forward_only": build["cuda_forward_only"],
         "cuda_archs": build["cuda_archs"],
         "cuda_driver": None if driver is None else ".".join(map(str, driver)),
         "gpus": _gpus(),

@@ -98,7 +98,7 @@ const DSTATE: Axis = Axis { define: "DSTATE", values: &["64", "128", "256"] };
 /// Elements of a row of the state that a thread has in registers, an eighth of it.
 const HELD: Axis = Axis { define: "HELD", values: &["4", "8", "16", "32"] };
 
-pub const KERNELS: [Kernel; 16] = number([
+pub const KERNELS: [Kernel; 22] = number([
     kernel("causal_conv1d_fwd", &[ELEMENT, LAYOUT, FORM]),
     kernel("causal_conv1d_bwd", &[ELEMENT, LAYOUT, FORM]),
     kernel("causal_conv1d_bwd_parameters", &[]),
@@ -108,6 +108,12 @@ pub const KERNELS: [Kernel; 16] = number([
     kernel("rmsnorm_gated_bwd", &[ELEMENT, VECTORS_BWD, GATE]),
     kernel("rmsnorm_gated_bwd_parameters", &[]),
     kernel("selective_state_update", &[ELEMENT, STATE, ROWS]),
+    kernel("ssd_bwd_cuts", &[]),
+    kernel("ssd_bwd_mma", &[ELEMENT, DSTATE]),
+    kernel("ssd_bwd_mma_states", &[ELEMENT, DSTATE]),
+    kernel("ssd_bwd_parameters", &[]),
+    kernel_for("sm_90a", "ssd_bwd_wgmma", &[NARROW_ELEMENT, HEADDIM, DSTATE]),
+    kernel_for("sm_90a", "ssd_bwd_wgmma_states", &[NARROW_ELEMENT, HEADDIM, DSTATE]),
     kernel("ssd_fwd_mma", &[NARROW_ELEMENT, DSTATE]),
     kernel("ssd_fwd_recurrence", &[WIDE_ELEMENT, HELD]),
     kernel_for("sm_90a", "ssd_fwd_wgmma", &[NARROW_ELEMENT, HEADDIM, DSTATE]),

@@ -11,6 +11,7 @@ pub mod rmsnorm_gated;
 mod rows;
 pub mod selective_state_update;
 pub mod ssd;
+pub mod ssd_backward;
 pub mod state_passing;
 
 /// The ops that have CUDA kernels, by the names of `oxiscan`'s functions.
@@ -23,6 +24,3 @@ pub const OPS: [&str; 7] = [
     "selective_state_update",
     "state_passing",
 ];
-
-/// Those of them that have none for their gradients yet.
-pub const FORWARD_ONLY: [&str; 1] = ["mamba_chunk_scan_combined"];

@@ -50,13 +50,25 @@ impl Params for OxiNormParameters {
     const KERNEL: &'static Kernel = &KERNELS[named("rmsnorm_gated_bwd_parameters")];
 }
 
-/// The params of other kernels than OxiSsd's and OxiSsdMapped's.
+/// The params of other kernels than the structs' own.
 #[derive(Clone, Copy)]
 #[repr(transparent)]
 pub struct SsdRecurrence(pub OxiSsd);
 #[derive(Clone, Copy)]
 #[repr(transparent)]
 pub struct SsdMappedStates(pub OxiSsdMapped);
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub struct SsdBackwardCuts(pub OxiSsdBackward);
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub struct SsdBackwardStates(pub OxiSsdBackward);
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub struct SsdBackwardParameters(pub OxiSsdBackward);
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub struct SsdBackwardMappedStates(pub OxiSsdBackwardMapped);
 
 impl Params for OxiSsd {
     const KERNEL: &'static Kernel = &KERNELS[named("ssd_fwd_mma")];
@@ -72,6 +84,30 @@ impl Params for OxiSsdMapped {
 
 impl Params for SsdMappedStates {
     const KERNEL: &'static Kernel = &KERNELS[named("ssd_fwd_wgmma_states")];
+}
+
+impl Params for OxiSsdBackward {
+    const KERNEL: &'static Kernel = &KERNELS[named("ssd_bwd_mma")];
+}
+
+impl Params for SsdBackwardCuts {
+    const KERNEL: &'static Kernel = &KERNELS[named("ssd_bwd_cuts")];
+}
+
+impl Params for SsdBackwardStates {
+    const KERNEL: &'static Kernel = &KERNELS[named("ssd_bwd_mma_states")];
+}
+
+impl Params for SsdBackwardParameters {
+    const KERNEL: &'static Kernel = &KERNELS[named("ssd_bwd_parameters")];
+}
+
+impl Params for OxiSsdBackwardMapped {
+    const KERNEL: &'static Kernel = &KERNELS[named("ssd_bwd_wgmma")];
+}
+
+impl Params for SsdBackwardMappedStates {
+    const KERNEL: &'static Kernel = &KERNELS[named("ssd_bwd_wgmma_states")];
 }
 
 impl Params for OxiStateUpdate {

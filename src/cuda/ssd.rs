@@ -1,10 +1,11 @@
-//! The chunk scan on CUDA: which kernel serves a call, and its launches.
+//! The chunk scan's forward on CUDA: which kernel serves a call, and its launches.
 
 use super::launch::{Block, Stream, WARP};
 use super::params::{
     self, OXI_SSD_SEGMENT_PARTS, OXI_SSD_STATES_SHARED_BYTES, OXI_SSD_TILE, OxiSsd, OxiSsdMapped,
     SsdMappedStates, SsdRecurrence, VECTOR,
 };
+use crate::dims::SsdDims;
 use crate::error::{Error, Result};
 use crate::ops::ssd::{Packing, SsdInputs, SsdStates};
 use crate::tensor::{DType, View};
@@ -35,15 +36,15 @@ const HELD: [usize; 4] = [4, 8, 16, 32];
 const ROWS_OF_WARP: [usize; 4] = [32, 32, 16, 8];
 
 /// How headdim is shared among blocks.
-struct Slices {
-    count: usize,
+pub(super) struct Slices {
+    pub count: usize,
     size: usize,
     step: usize,
 }
 
 impl Slices {
     /// In parts of `size`, the last of which may be smaller.
-    fn of(headdim: usize, size: usize) -> Self {
+    pub fn of(headdim: usize, size: usize) -> Self {
         Slices { count: headdim.div_ceil(size), size, step: size }
     }
 
@@ -53,16 +54,16 @@ impl Slices {
     }
 }
 
-/// `segments`: the workspace of long sequences, (parts of segments but the last one, batch nheads, elements + 1).
-pub fn forward(
-    stream: &Stream,
-    dtype: DType,
-    inputs: &SsdInputs,
-    out: &View<4>,
-    states: &SsdStates,
-    segments: Option<&View<3>>,
-) -> Result<()> {
-    let dims = inputs.dims;
+/// What is stored.
+pub(super) struct Results<'a> {
+    pub out: &'a View<4>,
+    pub states: SsdStates,
+    /// Of a backward, where z has gradients: those of what it gates as they come, and where z's go; that of Y goes to out.
+    pub gate: Option<(&'a View<4>, &'a View<4>)>,
+}
+
+/// Refuse sizes that no kernel is for.
+pub fn check_sizes(dims: &SsdDims) -> Result<()> {
     for (arg, name, size) in [("x", "headdim", dims.headdim), ("B", "dstate", dims.dstate)] {
         if size > MAX_SIZE {
             return Err(Error::Unsupported {
@@ -72,24 +73,61 @@ pub fn forward(
             });
         }
     }
+    Ok(())
+}
+
+/// The place among DSTATES of the size that dstate is rounded up to.
+pub(super) fn rounded(dstate: usize) -> usize {
+    DSTATES.iter().position(|&size| size >= dstate).expect("a size up to 256")
+}
+
+/// `segments`: the workspace of long sequences, (parts of segments but the last one, batch nheads, elements + 1).
+pub fn forward(
+    stream: &Stream,
+    dtype: DType,
+    inputs: &SsdInputs,
+    out: &View<4>,
+    states: SsdStates,
+    segments: Option<&View<3>>,
+) -> Result<()> {
+    check_sizes(&inputs.dims)?;
+    launch(stream, dtype, inputs, &Results { out, states, gate: None }, segments)
+}
+
+/// Of sizes that were checked.
+pub(super) fn launch(
+    stream: &Stream,
+    dtype: DType,
+    inputs: &SsdInputs,
+    results: &Results,
+    segments: Option<&View<3>>,
+) -> Result<()> {
+    let dims = inputs.dims;
     if dims.batch == 0 {
         return Ok(());
     }
     if dtype == DType::F32 {
-        return recurrence(stream, inputs, out, states, segments);
+        return recurrence(stream, inputs, results, segments);
     }
-    let dense = |view: &View<4>| params::is_dense(view, VECTOR / dtype.size());
-    let mapped = |view: &View<4>| dense(view) && params::can_be_mapped(view);
+    let (dout, dz) = results.gate.unzip();
     // Without tokens there is no memory to map.
     let fits = stream.device.capability == (9, 0)
         && dims.seqlen > 0
         && HEADDIMS.contains(&dims.headdim)
-        && [&inputs.x, &inputs.B, &inputs.C, out].into_iter().all(mapped)
-        && inputs.z.as_ref().is_none_or(dense);
+        && [&inputs.x, &inputs.B, &inputs.C, results.out].into_iter().all(is_mapped)
+        && [inputs.z.as_ref(), dout, dz].into_iter().flatten().all(is_dense);
     match DSTATES.iter().position(|&size| size == dims.dstate) {
-        Some(dstate) if fits => wgmma(stream, dtype, dstate, inputs, out, states, segments),
-        _ => mma(stream, dtype, inputs, out, states, segments),
+        Some(dstate) if fits => wgmma(stream, dtype, dstate, inputs, results, segments),
+        _ => mma(stream, dtype, inputs, results, segments),
     }
+}
+
+/// Whether rows move in 16 bytes, and in bulk copies.
+fn is_dense(view: &View<4>) -> bool {
+    params::is_dense(view, VECTOR / view.dtype.size())
+}
+pub(super) fn is_mapped(view: &View<4>) -> bool {
+    is_dense(view) && params::can_be_mapped(view)
 }
 
 /// `dstate`: an index of DSTATES.
@@ -98,13 +136,12 @@ fn wgmma(
     dtype: DType,
     dstate: usize,
     inputs: &SsdInputs,
-    out: &View<4>,
-    states: &SsdStates,
+    results: &Results,
     segments: Option<&View<3>>,
 ) -> Result<()> {
-    // kHeaddim of the instances; two of 48 overlap in a headdim of 80.
     let headdim = inputs.dims.headdim;
-    let part = if matches!(headdim, 80 | 96) { 48 } else { 64 };
+    // Two of 48 overlap in a headdim of 80.
+    let part = wgmma_part(headdim);
     let slices = Slices::of_two(headdim, part);
     let choices = [narrow(dtype), (part == 64).into(), dstate];
     let map = |view: &View<4>| stream.tensor_map(view, OXI_SSD_TILE as usize);
@@ -112,10 +149,10 @@ fn wgmma(
         x: map(&inputs.x)?,
         B: map(&inputs.B)?,
         C: map(&inputs.C)?,
-        out: stream.tensor_map(out, WGMMA_ROWS_OF_WARP)?,
+        out: stream.tensor_map(results.out, WGMMA_ROWS_OF_WARP)?,
         ..Default::default()
     };
-    let params = params_of(inputs, out, states, &slices)?;
+    let params = forward_params(inputs, results, &slices)?;
     let elements = slices.count * WGMMA_ROWS * DSTATES[dstate];
     in_segments(inputs, params, segments, elements, |ssd, blocks| {
         let (grid, mapped) = ([blocks, 1, 1], OxiSsdMapped { ssd, ..mapped });
@@ -133,22 +170,26 @@ fn wgmma(
     })
 }
 
+/// Of the kernels with wgmma: what a block has of a headdim, a value of the axis HEADDIM.
+pub(super) fn wgmma_part(headdim: usize) -> usize {
+    if matches!(headdim, 80 | 96) { 48 } else { 64 }
+}
+
 fn mma(
     stream: &Stream,
     dtype: DType,
     inputs: &SsdInputs,
-    out: &View<4>,
-    states: &SsdStates,
+    results: &Results,
     segments: Option<&View<3>>,
 ) -> Result<()> {
     let dims = inputs.dims;
-    let dstate = DSTATES.iter().position(|&size| size >= dims.dstate).expect("a size up to 256");
+    let dstate = rounded(dims.dstate);
     let choices = [narrow(dtype), dstate];
     let slices = Slices::of(dims.headdim, dims.headdim.min(MMA_ROWS));
     let most = stream.shared_bytes::<OxiSsd>(&choices);
     let bytes = |stages: usize| MMA_SHARED_BYTES + stages * MMA_STAGE_ROW_BYTES * DSTATES[dstate];
     let stages = if bytes(2) <= most { 2 } else { 1 };
-    let mut params = params_of(inputs, out, states, &slices)?;
+    let mut params = forward_params(inputs, results, &slices)?;
     params.stages = stages as i32;
     let copied = [Some(&inputs.x), Some(&inputs.B), Some(&inputs.C)];
     params.width = copied_at_once(inputs, &copied, VECTOR / dtype.size(), 2) as i32;
@@ -162,8 +203,7 @@ fn mma(
 fn recurrence(
     stream: &Stream,
     inputs: &SsdInputs,
-    out: &View<4>,
-    states: &SsdStates,
+    results: &Results,
     segments: Option<&View<3>>,
 ) -> Result<()> {
     let dims = inputs.dims;
@@ -179,7 +219,7 @@ fn recurrence(
         warps /= 2;
     }
     let slices = Slices::of(dims.headdim, rows * warps);
-    let mut params = params_of(inputs, out, states, &slices)?;
+    let mut params = forward_params(inputs, results, &slices)?;
     let copied = [Some(&inputs.x), Some(&inputs.B), Some(&inputs.C), inputs.z.as_ref()];
     params.width = copied_at_once(inputs, &copied, VECTOR / 4, VECTOR / 4) as i32;
     let (choices, block) = ([0, held], Block::of(warps * WARP));
@@ -190,13 +230,13 @@ fn recurrence(
 }
 
 /// The choice of ELEMENT among the narrow ones.
-fn narrow(dtype: DType) -> usize {
+pub(super) fn narrow(dtype: DType) -> usize {
     params::dtype(dtype) as usize - 1
 }
 
 /// How many elements of these tensors move at once: `most`, or as many as their alignment allows, but at least `least`;
 /// else 1.
-fn copied_at_once(
+pub(super) fn copied_at_once(
     inputs: &SsdInputs,
     tensors: &[Option<&View<4>>],
     most: usize,
@@ -245,6 +285,21 @@ fn in_segments(
     let dims = inputs.dims;
     let blocks = dims.batch * dims.nheads * params.slices as usize;
     let Some(view) = segments else { return launch(params, blocks) };
+    let count = cut(&mut params, view, dims.seqlen, elements)?;
+    if count > 1 {
+        let parts = OXI_SSD_SEGMENT_PARTS as usize;
+        launch(OxiSsd { states_only: 1, ..params }, blocks * parts * (count - 1))?;
+    }
+    launch(params, blocks * count)
+}
+
+/// Have a sequence walked in as many segments as the workspace is for: how many. `elements` as above.
+pub(super) fn cut(
+    params: &mut OxiSsd,
+    view: &View<3>,
+    seqlen: usize,
+    elements: usize,
+) -> Result<usize> {
     let parts = OXI_SSD_SEGMENT_PARTS as usize;
     let [rows, heads, has] = view.shape;
     if rows % parts != 0 || has <= elements {
@@ -254,31 +309,32 @@ fn in_segments(
             allowed: format!("{parts} rows a segment, more than {elements} elements"),
         });
     }
-    let Segments { count, tokens } = segments_of(rows, dims.seqlen);
-    if count == 1 {
-        return launch(params, blocks);
+    let Segments { count, tokens } = segments_of(rows, seqlen);
+    if count > 1 {
+        params.segments = count as i32;
+        params.segment_tokens = tokens as i32;
+        params.segment_states = view.data().cast();
+        params.segment_decays = view.data().cast::<f32>().wrapping_add(rows * heads * (has - 1));
     }
-    params.segments = count as i32;
-    params.segment_tokens = tokens as i32;
-    params.segment_states = view.data().cast();
-    params.segment_decays = view.data().cast::<f32>().wrapping_add(rows * heads * (has - 1));
-    launch(OxiSsd { states_only: 1, ..params }, blocks * parts * (count - 1))?;
-    launch(params, blocks * count)
+    Ok(count)
 }
 
-fn params_of(
-    inputs: &SsdInputs,
-    out: &View<4>,
-    states: &SsdStates,
-    slices: &Slices,
-) -> Result<OxiSsd> {
+fn forward_params(inputs: &SsdInputs, results: &Results, slices: &Slices) -> Result<OxiSsd> {
+    let (dout, dz) = results.gate.unzip();
+    let params = params_of(inputs, &results.states, slices)?;
+    let (z, out) = (inputs.z.as_ref().into(), Some(results.out).into());
+    Ok(OxiSsd { z, out, dout: dout.into(), dz: dz.into(), ..params })
+}
+
+/// What forward and backward have in common. `states`: those of backward are gradients.
+pub(super) fn params_of(inputs: &SsdInputs, states: &SsdStates, slices: &Slices) -> Result<OxiSsd> {
     let dims = inputs.dims;
     let seqlen = params::seqlen(dims.seqlen)?;
     let (seq_idx, cu_seqlens) = match &inputs.packing {
         Packing::Tokens { seq_idx, cu_seqlens } => (seq_idx.as_ref(), cu_seqlens.as_ref()),
         Packing::Chunks { .. } => unreachable!("chunks of the caller's are the CPU backend's"),
     };
-    let ndocs = cu_seqlens.map_or(1, |bounds| bounds.shape[0] - 1);
+    let ndocs = inputs.packing.documents();
     Ok(OxiSsd {
         seqlen,
         nheads: params::size("x", "nheads", dims.nheads)?,
@@ -287,7 +343,7 @@ fn params_of(
         dstate: dims.dstate as i32,
         ndocs: params::size("cu_seqlens", "ndocs", ndocs)?,
         segments: 1,
-        segment_tokens: seqlen,
+        segment_tokens: seqlen.max(1),
         slices: slices.count as i32,
         slice: slices.size as i32,
         slice_step: slices.step as i32,
@@ -309,8 +365,6 @@ fn params_of(
         B: Some(&inputs.B).into(),
         C: Some(&inputs.C).into(),
         D: inputs.D.as_ref().into(),
-        z: inputs.z.as_ref().into(),
-        out: Some(out).into(),
         initial_states: inputs.initial_states.as_ref().into(),
         final_states: states.final_states.as_ref().into(),
         varlen_states: states.varlen_states.as_ref().into(),

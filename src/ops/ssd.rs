@@ -4,10 +4,12 @@ use pyo3::prelude::*;
 
 use crate::cpu;
 #[cfg(feature = "cuda")]
-use crate::cuda;
+use crate::cuda::{self, module::CudaDevice};
 use crate::dims::{Checker, SsdDims, document_rows, initial_rows, optional};
 use crate::error::{Error, Result};
 use crate::ops::with_accumulator;
+#[cfg(feature = "cuda")]
+use crate::tensor::DType;
 use crate::tensor::{TensorArg, View};
 use crate::torch::{Backend, run, run_on_cpu};
 
@@ -26,6 +28,10 @@ type SsdTensors = (
 
 /// seq_idx, cu_seqlens where given.
 type TokenPacking = (Option<TensorArg>, Option<TensorArg>);
+
+/// dy, states, partials, cuts, segments: see `SsdWorkspaces`.
+type BackwardWorkspaces =
+    (Option<TensorArg>, Option<TensorArg>, Option<TensorArg>, Option<TensorArg>, Option<TensorArg>);
 
 /// cu_chunk_seqlens, seq_idx.
 type ChunkPacking = (TensorArg, TensorArg);
@@ -55,6 +61,17 @@ impl Packing {
             cu_chunk_seqlens: check.integer("cu_chunk_seqlens", cu_chunk_seqlens, bounds)?,
             seq_idx: check.integer("seq_idx", seq_idx, [("nchunks", nchunks)])?,
         })
+    }
+
+    /// How many documents have states of their own, by token: without cu_seqlens each sequence is one.
+    #[cfg(feature = "cuda")]
+    pub fn documents(&self) -> usize {
+        match self {
+            Packing::Tokens { cu_seqlens, .. } => {
+                cu_seqlens.map_or(1, |bounds| bounds.shape[0] - 1)
+            }
+            Packing::Chunks { .. } => unreachable!("chunks of the caller's are the CPU backend's"),
+        }
     }
 
     fn initial_rows(&self, dims: &SsdDims, states: &TensorArg) -> (&'static str, usize) {
@@ -178,6 +195,100 @@ pub struct SsdGradients {
     pub dinitial_states: Option<View<4>>,
 }
 
+#[cfg(feature = "cuda")]
+impl SsdGradients {
+    /// Elements of dD a head: 1 where D has one value.
+    pub fn dD_columns(&self) -> usize {
+        self.dD.map_or(0, |dD| if dD.strides()[1] == 0 { 1 } else { dD.shape[1] })
+    }
+}
+
+/// What the CUDA backend's kernels of backward leave for one another; dout with it, which it does not do without.
+#[cfg(feature = "cuda")]
+pub struct SsdWorkspaces {
+    pub dout: View<4>,
+    /// With z: the gradient of what it gates.
+    pub dy: Option<View<4>>,
+    /// In x's dtype: twice (batch, slots, nheads, elements) states. `slots`: one more than there are for a sequence's
+    /// tokens, one for as many as `ssd_backward_slot_tokens` says, and, with initial_states or dvarlen_states, for its
+    /// documents, 1 without cu_seqlens. `elements` as in `ssd_forward`.
+    pub states: View<1>,
+    /// float32: 3 (batch, nheads, seqlen), of tokens; (batch windows, nheads (2 + elements of D a head)), gradients of
+    /// parameters.
+    pub partials: View<1>,
+    /// With seq_idx or cu_seqlens, int32: 3 (batch, windows).
+    pub cuts: Option<View<1>>,
+    /// As `ssd_forward`'s.
+    pub segments: Option<View<3>>,
+    /// What `cuda::ssd_backward::fits` says.
+    pub fits: bool,
+}
+
+#[cfg(feature = "cuda")]
+impl SsdWorkspaces {
+    fn new(
+        device: &CudaDevice,
+        check: &Checker,
+        tensors: &BackwardWorkspaces,
+        inputs: &SsdInputs,
+        gradients: &SsdGradients,
+    ) -> Result<Self> {
+        let (dy, states, partials, cuts, segments) = tensors;
+        let dims = inputs.dims;
+        let missing = |arg| Error::Value {
+            arg,
+            got: "None".into(),
+            allowed: "a tensor of x's shape and dtype".into(),
+        };
+        if inputs.z.is_some() && gradients.dz.is_none() {
+            return Err(missing("dz"));
+        }
+        let dout = gradients.dout.ok_or_else(|| missing("dout"))?;
+        let dy = match (&inputs.z, dy) {
+            (None, _) => None,
+            (Some(_), Some(dy)) => Some(check.same("dy", dy, dims.x())?),
+            (Some(_), None) => return Err(missing("dy")),
+        };
+        let mapped = [&inputs.x, dy.as_ref().unwrap_or(&dout), &inputs.B, &inputs.C, &gradients.dx];
+        let dense = [&gradients.dB, &gradients.dC];
+        let fits = cuda::ssd_backward::fits(device, check.dtype, &dims, mapped, dense);
+        let slots = cuda::ssd_backward::Slots::of(inputs, gradients, fits).count();
+        let windows = cuda::ssd_backward::windows(dims.seqlen);
+        let state = cuda::ssd_backward::state_elements(dims.headdim, dims.dstate);
+        let state_count = 2 * dims.batch * slots * dims.nheads;
+        let rows = dims.batch * windows;
+        let columns = dims.nheads * (2 + gradients.dD_columns());
+        let tokens = cuda::ssd_backward::TOKEN_FLOATS * dims.batch * dims.nheads * dims.seqlen;
+        let scratch = |arg, tensor: &Option<TensorArg>, dtype, elements| {
+            check.scratch(arg, tensor.as_ref(), dtype, elements)
+        };
+        Ok(SsdWorkspaces {
+            dout,
+            dy,
+            states: scratch("states", states, check.dtype, state_count * state)?,
+            partials: scratch("partials", partials, DType::F32, tokens + rows * columns)?,
+            cuts: match inputs.packing {
+                Packing::Tokens { seq_idx: None, cu_seqlens: None } => None,
+                _ => Some(scratch("cuts", cuts, DType::I32, 3 * rows)?),
+            },
+            segments: segments_workspace(check, segments, &dims)?,
+            fits,
+        })
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn segments_workspace(
+    check: &Checker,
+    segments: &Option<TensorArg>,
+    dims: &SsdDims,
+) -> Result<Option<View<3>>> {
+    optional(segments, |segments| {
+        let elements = segments.shape().last().copied().unwrap_or(0);
+        check.workspace(Some(segments), dims.batch * dims.nheads, elements)
+    })
+}
+
 /// out (batch, seqlen, nheads, headdim) and, where given, final_states and varlen_states are written.
 ///
 /// segments: on CUDA the workspace of sequences that are walked in several segments at once, (2 (segments - 1), batch
@@ -216,21 +327,16 @@ pub fn ssd_forward(
             )?,
             #[cfg(feature = "cuda")]
             Backend::Cuda(stream) => {
-                let segments = optional(&segments, |segments| {
-                    let elements = segments.shape().last().copied().unwrap_or(0);
-                    check.workspace(
-                        Some(segments),
-                        inputs.dims.batch * inputs.dims.nheads,
-                        elements,
-                    )
-                })?;
-                cuda::ssd::forward(&stream, check.dtype, &inputs, &out, &states, segments.as_ref())
+                let segments = segments_workspace(&check, &segments, &inputs.dims)?;
+                cuda::ssd::forward(&stream, check.dtype, &inputs, &out, states, segments.as_ref())
             }
         }
     })
 }
 
 /// Every gradient tensor that is given is written; those of optional arguments go with their arguments.
+///
+/// dout must be given on CUDA, as must the workspaces that `SsdWorkspaces` says; the CPU backend takes none.
 #[pyfunction]
 pub fn ssd_backward(
     py: Python<'_>,
@@ -250,8 +356,9 @@ pub fn ssd_backward(
     dz: Option<TensorArg>,
     ddt_bias: Option<TensorArg>,
     dinitial_states: Option<TensorArg>,
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables))] workspaces: BackwardWorkspaces,
 ) -> PyResult<()> {
-    run_on_cpu(py, "mamba_chunk_scan_combined", "x", &tensors.0, |threads| {
+    run(py, "x", &tensors.0, |backend| {
         let check = Checker::new("x", &tensors.0)?;
         let dims = SsdDims::new(&tensors.0, &tensors.3)?;
         let packing = Packing::by_token(&check, &packing, &dims)?;
@@ -279,11 +386,59 @@ pub fn ssd_backward(
                 check.same_or_f32("dinitial_states", states, dims.states(rows))
             })?,
         };
-        cpu::pool::install(
-            threads,
-            || with_accumulator!(check.dtype, T => cpu::ssd::backward::<T>(&inputs, &gradients)),
-        )?
+        match backend {
+            Backend::Cpu { threads } => cpu::pool::install(
+                threads,
+                || with_accumulator!(check.dtype, T => cpu::ssd::backward::<T>(&inputs, &gradients)),
+            )?,
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(stream) => {
+                cuda::ssd::check_sizes(&inputs.dims)?;
+                let device = stream.device;
+                let workspaces =
+                    SsdWorkspaces::new(device, &check, &workspaces, &inputs, &gradients)?;
+                let dtype = check.dtype;
+                cuda::ssd_backward::backward(&stream, dtype, &inputs, &gradients, &workspaces)
+            }
+        }
     })
+}
+
+/// How many tokens have a slot of `SsdWorkspaces::states` on CUDA, where these decide which kernels serve a call. dy: with z
+/// the workspace, else dout. 0 on the CPU, which has no slots.
+#[pyfunction]
+#[pyo3(name = "_ssd_backward_slot_tokens")]
+#[cfg_attr(not(feature = "cuda"), expect(unused_variables))]
+pub fn ssd_backward_slot_tokens(
+    py: Python<'_>,
+    x: TensorArg,
+    dy: TensorArg,
+    B: TensorArg,
+    C: TensorArg,
+    dx: TensorArg,
+    dB: TensorArg,
+    dC: TensorArg,
+) -> PyResult<usize> {
+    match Backend::of(py, "x", &x)? {
+        Backend::Cpu { .. } => Ok(0),
+        #[cfg(feature = "cuda")]
+        Backend::Cuda(stream) => {
+            let check = Checker::new("x", &x)?;
+            let dims = SsdDims::new(&x, &B)?;
+            let of_x = |arg, tensor| check.same(arg, tensor, dims.x());
+            let of_B = |arg, tensor| check.same(arg, tensor, dims.B());
+            let mapped = [
+                &of_x("x", &x)?,
+                &of_x("dout", &dy)?,
+                &of_B("B", &B)?,
+                &of_B("C", &C)?,
+                &of_x("dx", &dx)?,
+            ];
+            let dense = [&of_B("dB", &dB)?, &of_B("dC", &dC)?];
+            let fits = cuda::ssd_backward::fits(stream.device, check.dtype, &dims, mapped, dense);
+            Ok(cuda::ssd_backward::slot_tokens(fits))
+        }
+    }
 }
 
 /// One sequence (batch 1) in the caller's chunks, for inference: out and chunk_states (nchunks, nheads, headdim, dstate),

@@ -1,6 +1,6 @@
 """What the ops share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
@@ -62,17 +62,6 @@ def apply(function: type[Function], *arguments: Any) -> Any:
             if isinstance(argument, Tensor) and argument.requires_grad:
                 return function.record(*arguments)
     return function.forward(_NoGraph(), *arguments)
-
-
-def expect_no_gradient_on_cuda(op: str, names: Sequence[str], tensors: Sequence[Tensor | None]) -> None:
-    """Refuse arguments that require a gradient, of an op without a backward on CUDA; `names` are those of the first."""
-    if not is_grad_enabled():
-        return
-    for name, tensor in zip(names, tensors, strict=False):
-        if isinstance(tensor, Tensor) and tensor.is_cuda and tensor.requires_grad:
-            got = f"a tensor on {tensor.device} that requires a gradient"
-            allowed = f"cpu, the only backend of {op}'s gradients so far, or torch.no_grad()"
-            raise NotImplementedError(f"{name}: got {got}; allowed: {allowed}")
 
 
 def expect_cpu(op: str, name: str, tensor: Tensor) -> None:

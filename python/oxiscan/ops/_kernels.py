@@ -262,7 +262,22 @@ ssd_backward = _register(
     "Tensor(dz!)? dz",
     "Tensor(ddt_bias!)? ddt_bias",
     "Tensor(dinitial_states!)? dinitial_states",
+    (
+        "Tensor(dy!)? dy",
+        "Tensor(states!)? states",
+        "Tensor(partials!)? partials",
+        "Tensor(cuts!)? cuts",
+        "Tensor(segments!)? segments",
+    ),
 )
+
+
+def ssd_backward_slot_tokens(*tensors: Tensor) -> int:
+    """What `_C` says of these tensors; in a trace, where they have no memory yet, what is enough for any."""
+    if is_dynamo_compiling() or (_dispatch_modes() and _traces()):
+        return 64
+    return _C._ssd_backward_slot_tokens(*tensors)
+
 
 ssd_varlen_forward = _register(
     _C.ssd_varlen_forward,

@@ -25,6 +25,7 @@ from . import _kernels
 from ._common import empty_like, expect_cpu, once_differentiable, results
 from .causal_conv1d import conv_backward
 from .rmsnorm_gated import norm_backward
+from .ssd import scan_backward
 
 
 class _Sizes(NamedTuple):
@@ -180,9 +181,7 @@ class _SplitConv1dScan(torch.autograd.Function):
         packing = (seq_idx, cu_seqlens)
         scan_gradients = (dx, ddt, dA, dB, dC, dD, dgate, ddt_bias, dinitial_states)
         dy = None if dy is None else split.heads(dy)
-        _kernels.ssd_backward(
-            scan_tensors, packing, True, options.dt_limit, dy, dfinal_states, dvarlen_states, *scan_gradients
-        )
+        scan_backward(scan_tensors, packing, True, options.dt_limit, dy, dfinal_states, dvarlen_states, scan_gradients)
 
         dconv1d_weight, dconv1d_bias = torch.empty_like(conv1d_weight), empty_like(conv1d_bias)
         dinitial_conv_states = empty_like(initial_conv_states)

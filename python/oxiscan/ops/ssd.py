@@ -8,13 +8,21 @@ from torch import Tensor
 from oxiscan._arguments import acc_dtype, check_chunks, limits, ndocs, sizes, varlen_states_dtype
 
 from . import _kernels
-from ._common import Function, apply, empty_like, expect_no_gradient_on_cuda, once_differentiable, results
+from ._common import Function, apply, empty_like, once_differentiable, results
 
-_DIFFERENTIABLE = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")
+#: x, dt, A, B, C; D, z, dt_bias, initial_states.
+_Tensors = tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None
+]  # fmt: skip
+
+
+def state_elements(headdim: int, dstate: int) -> int:
+    """Those of a head's state, in the sizes that CUDA's kernels round up to."""
+    return -(-headdim // 64) * 64 * next(size for size in (64, 128, 256) if size >= min(dstate, 256))
 
 
 def segments_workspace(x: Tensor, dstate: int) -> Tensor | None:
-    """What `ssd_forward` needs to walk a long sequence in segments at once, where it has too few heads to fill a GPU.
+    """What the kernels need to walk a long sequence in segments at once, where it has too few heads to fill a GPU.
 
     Their number depends on one sequence alone, so that its results do not depend on the batch.
     """
@@ -24,10 +32,59 @@ def segments_workspace(x: Tensor, dstate: int) -> Tensor | None:
     segments = min(seqlen // 16384, segments_and_heads // max(nheads, 1))
     if not x.is_cuda or segments < 2:
         return None
-    # Sizes that the kernels' are rounded up to; one more element for the decay over a segment.
-    elements = -(-headdim // 64) * 64 * next(size for size in (64, 128, 256) if size >= min(dstate, 256))
-    # A row for each of two parts of each segment but the last one.
-    return x.new_empty(2 * (segments - 1), batch * nheads, elements + 1, dtype=torch.float32)
+    # A row for each of two parts of each segment but the last one, in backward for each direction; one more element for
+    # the decay over it.
+    elements = state_elements(headdim, dstate) + 1
+    return x.new_empty(2 * (segments - 1), batch * nheads, elements, dtype=torch.float32)
+
+
+def backward_workspaces(
+    tensors: _Tensors,
+    packing: tuple[Tensor | None, Tensor | None],
+    dout: Tensor | None,
+    dvarlen_states: Tensor | None,
+    gradients: _Tensors,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """What the kernels of `ssd_backward` leave for one another on CUDA: dy, states, partials, cuts, segments."""
+    x, _, _, B, C, D, z, _, initial_states = tensors
+    if dout is None or not x.is_cuda:
+        return None, None, None, None, None
+    dx, _, _, dB, dC, *_ = gradients
+    seq_idx, cu_seqlens = packing
+    batch, seqlen, nheads, headdim = x.shape
+    dstate = B.shape[3]
+    windows = (seqlen + 63) // 64
+    dy = None if z is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+    slot_tokens = _kernels.ssd_backward_slot_tokens(x, dout if dy is None else dy, B, C, dx, dB, dC)
+    slots = (seqlen + slot_tokens - 1) // slot_tokens + 1
+    if initial_states is not None or dvarlen_states is not None:
+        slots += ndocs(cu_seqlens, 1)
+    states = x.new_empty(2 * batch * slots * nheads * state_elements(headdim, dstate))
+    columns = 2 if D is None else 3 if D.dim() == 1 else 2 + headdim
+    partials = x.new_empty(batch * nheads * (3 * seqlen + windows * columns), dtype=torch.float32)
+    is_packed = seq_idx is not None or cu_seqlens is not None
+    cuts = x.new_empty(3 * batch * windows, dtype=torch.int32) if is_packed else None
+    return dy, states, partials, cuts, segments_workspace(x, dstate)
+
+
+def scan_backward(
+    tensors: _Tensors,
+    packing: tuple[Tensor | None, Tensor | None],
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    dout: Tensor | None,
+    dfinal_states: Tensor | None,
+    dvarlen_states: Tensor | None,
+    gradients: _Tensors,
+) -> None:
+    """The kernel, with its workspaces on CUDA, where it takes no None for the gradient of out."""
+    x = tensors[0]
+    if dout is None and x.is_cuda:
+        dout = torch.zeros_like(x)
+    workspaces = backward_workspaces(tensors, packing, dout, dvarlen_states, gradients)
+    _kernels.ssd_backward(
+        tensors, packing, dt_softplus, dt_limit, dout, dfinal_states, dvarlen_states, *gradients, workspaces
+    )
 
 
 class _ChunkScan(Function):
@@ -77,11 +134,8 @@ class _ChunkScan(Function):
         dx, ddt, dA, dB, dC = (torch.empty_like(t) for t in (x, dt, A, B, C))
         dD, dz, ddt_bias, dinitial_states = (empty_like(t) for t in (D, z, dt_bias, initial_states))
         gradients = (dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_states)
-        dt_softplus, dt_limit = ctx.options
-        packing = (seq_idx, cu_seqlens)
-        _kernels.ssd_backward(
-            (*tensors,), packing, dt_softplus, dt_limit, dout, dfinal_states, dvarlen_states, *gradients
-        )
+        packing, (dt_softplus, dt_limit) = (seq_idx, cu_seqlens), ctx.options
+        scan_backward((*tensors,), packing, dt_softplus, dt_limit, dout, dfinal_states, dvarlen_states, gradients)
         return *gradients, None, None, None, None, None, None
 
 
@@ -110,11 +164,17 @@ def mamba_chunk_scan_combined(
     state[t] = exp(dt[t] A) state[t - 1] + dt[t] x[t] B[t]^T;  out[t] = (state[t] C[t] + D x[t]) silu(z[t]).
 
     A value that is not finite stays within its document, where it may also reach up to 63 tokens before it. A document
-    gives the same bits alone and packed with others; on CUDA if the sequence is shorter than 32768 tokens.
+    gives the same bits alone and packed with others, gradients of its tokens too; on CUDA if the sequence is shorter
+    than 32768 tokens.
 
-    On CUDA forward only, headdim and dstate up to 256. In bfloat16 and float16 the fastest kernels run with headdim 64,
-    80, 96 or 128, dstate 64, 128 or 256, and rows of x, B, C and z aligned to 16 bytes, on compute capability 9.0 by
-    wgmma; `python -m oxiscan.info` lists which arguments meet which. float32 goes token by token.
+    On CUDA headdim and dstate up to 256. In bfloat16 and float16 the fastest kernels run with headdim 64, 80, 96 or
+    128, dstate 64, 128 or 256, and rows of x, B, C, z and out's gradient aligned to 16 bytes, on compute capability 9.0
+    by wgmma; `python -m oxiscan.info` lists which arguments meet which. float32 goes token by token, its gradients in
+    tiles.
+
+    Between forward and backward only the arguments are kept. Backward has, on CUDA, for as long as it runs, two states
+    of x's dtype for every 64 tokens of a head, by wgmma for every 128 unless compiled by torch.compile; with
+    initial_states or gradients of varlen_states also for every document.
 
     Args:
         x: (batch, seqlen, nheads, headdim), float32, bfloat16, float16 or on the CPU float64, any strides.
@@ -148,13 +208,12 @@ def mamba_chunk_scan_combined(
 
     Raises:
         ValueError, TypeError: an argument that does not fit, by name.
-        NotImplementedError: on CUDA, an argument that requires a gradient, or a larger headdim or dstate.
+        NotImplementedError: on CUDA, a larger headdim or dstate.
     """
     check_chunks(chunk_size, state_dtype)
     sizes("C", C, "batch", "seqlen", "ngroups", "dstate")
     varlen_dtype = varlen_states_dtype(return_varlen_states, cu_seqlens, state_dtype, C.dtype)
     tensors = (x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx, cu_seqlens)
     options = (bool(dt_softplus), limits("dt_limit", dt_limit), return_final_states, varlen_dtype)
-    expect_no_gradient_on_cuda("mamba_chunk_scan_combined", _DIFFERENTIABLE, tensors)
     out, *states = apply(_ChunkScan, *tensors, *options)
     return results(out, *states)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from oxiscan._arguments import acc_dtype
-from oxiscan._C import build_info
 
 #: Allowed relative RMS error against the float64 reference, (outputs, gradients), by the dtype of the inputs.
 #: float64: a few hundred roundings of 1e-16, amplified by cancellation. float32: sums of some hundred terms of 6e-8
@@ -24,9 +23,20 @@ TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
 }
 
 
+#: Gradients that are sums over the tokens of another one.
+_TERMS = {"ddt_bias": "ddt", "ddelta_bias": "ddelta"}
+
+
 def relative_rms(actual: Tensor, expected: Tensor) -> float:
-    """RMS of actual - expected over RMS of expected, in float64. Zero where both are zero, NaN where either has one."""
-    actual, expected = actual.detach().double(), expected.detach().double()
+    """RMS of actual - expected over RMS of expected, in float64. Zero where both are zero, NaN where either has one.
+
+    Numbers that float32 has not with all its digits, and CUDA kernels take for zero, count as zeros, but where `actual`
+    is float64.
+    """
+    least = 0.0 if actual.dtype == torch.float64 else torch.finfo(torch.float32).tiny
+    actual, expected = (
+        t.masked_fill(t.abs() < least, 0.0) for t in (actual.detach().double(), expected.detach().double())
+    )
     error = (actual - expected).norm()
     return 0.0 if error == 0 else float(error / expected.norm())
 
@@ -68,19 +78,13 @@ def seeded_gradients(outputs: list[Tensor]) -> list[Tensor]:
     return [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in outputs]
 
 
-def is_forward_only(op: Callable[..., Any], tensors: dict[str, Tensor]) -> bool:
-    """Whether these tensors are on a backend that has no gradients of the op yet."""
-    on_cuda = next(iter(tensors.values())).is_cuda
-    return on_cuda and getattr(op, "__name__", None) in build_info()["cuda_forward_only"]
-
-
 def run(
     op: Callable[..., Any],
     tensors: dict[str, Tensor],
     options: dict[str, Any],
     output_gradients: Sequence[Tensor | None] | None = None,
 ) -> dict[str, Tensor]:
-    """Run `op(**tensors, **options)` forward and, unless `is_forward_only`, backward.
+    """Run `op(**tensors, **options)` forward and backward.
 
     Args:
         tensors: the tensor arguments. A gradient is taken for each floating one.
@@ -89,10 +93,6 @@ def run(
     Returns:
         Outputs as "out0", "out1", ..., gradients as "d" + name.
     """
-    if is_forward_only(op, tensors):
-        with torch.no_grad():
-            result = op(**tensors, **options)
-        return {f"out{i}": t for i, t in enumerate(result if isinstance(result, tuple) else [result])}
     leaves = {k: t.detach().requires_grad_(t.is_floating_point()) for k, t in tensors.items()}
     result = op(**leaves, **options)
     outputs = list(result) if isinstance(result, tuple) else [result]
@@ -154,6 +154,9 @@ def compare(
             if value.dtype != argument:
                 raise AssertionError(f"{name}: {value.dtype}, expected {argument}")
             default = max(TOLERANCES[dtype][1], TOLERANCES[argument][1])
+            if name in _TERMS:
+                # Terms that err by the tolerance each have a sum that errs by it of their size, which may be larger.
+                default *= max(1.0, float(expected[_TERMS[name]].norm() / expected[name].norm()))
         assert_close(name, value, expected[name], (tolerances or {}).get(name, default))
     return actual
 
