@@ -10,6 +10,7 @@
 #include "async_copy.cuh"
 #include "mma.cuh"
 #include "ssd_bwd.cuh"
+#include "ssd_mma.cuh"
 
 namespace oxi {
 
@@ -20,19 +21,6 @@ constexpr int kSlice = 64;
 constexpr int kBlock = 16;
 constexpr int kTileBlocks = kTile / kBlock;
 constexpr bool kNarrow = sizeof(Element) == 2;
-
-// A value that the compiler knows nothing of: what is made of it is then computed where it is needed, rather than before the
-// loop around it, in registers through all of it.
-__device__ __forceinline__ unsigned unknown(unsigned value) {
-  asm volatile("" : "+r"(value));
-  return value;
-}
-__device__ __forceinline__ long long unknown(long long value) {
-  asm volatile("" : "+l"(value));
-  return value;
-}
-__device__ __forceinline__ unsigned thread_now() { return unknown(threadIdx.x); }
-__device__ __forceinline__ int lane_now() { return thread_now() % kWarp; }
 
 // Elements from a matrix's begin to this place; the pitch is a power of two, from 64 on, of fp32 from 32 on. Pieces of 16 bytes
 // stay together. Both of a block's rows and of its columns what a warp reads at once lies in all banks.

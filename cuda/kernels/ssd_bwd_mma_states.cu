@@ -346,15 +346,6 @@ struct Worker {
   }
 };
 
-// Of all threads. The clock's and the others' are at different places in the code: see ssd_fwd_mma.cu.
-__device__ __forceinline__ void synchronize_all() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.sync 0, %0;" ::"n"(kThreads) : "memory");
-#else
-  asm volatile("bar.sync 0, %0;" ::"n"(kThreads) : "memory");
-#endif
-}
-
 __device__ __forceinline__ void compute(const OxiSsdBackward &params, Shared &shared) {
   const OxiSsd &p = params.ssd;
   const Worker worker(params, shared.walk);
@@ -362,7 +353,7 @@ __device__ __forceinline__ void compute(const OxiSsdBackward &params, Shared &sh
   constexpr int kAhead = kStages - 1;
   State state;
   state.clear();
-  synchronize_all();
+  synchronize_all<kThreads>();
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) worker.ask(shared.stages[i], shared.spans[i / kPieces], i % kPieces);
   if (!p.states_only) worker.enter(state);
@@ -375,7 +366,7 @@ __device__ __forceinline__ void compute(const OxiSsdBackward &params, Shared &sh
 #pragma unroll 1
   for (; tile_of(i).size > 0; ++i) {
     wait_for_batches<kAhead - 1>();
-    synchronize_all();
+    synchronize_all<kThreads>();
     worker.ask(shared.stages[(i + kAhead) % kStages], tile_of(i + kAhead), (i + kAhead) % kPieces);
     if (first_now() == 0) {
       worker.begin_tile(state, tile_of(i));
@@ -418,11 +409,11 @@ __device__ __forceinline__ void keep_time(const OxiSsdBackward &params, Shared &
   };
   make(0, tile);
   raw = RawDt(p, walk, following);
-  synchronize_all();
+  synchronize_all<kThreads>();
   for (unsigned i = 0; tile.size > 0; ++i) {
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
-      synchronize_all();
+      synchronize_all<kThreads>();
       if (piece > 0) continue;
       make(i + 1, following);
       raw = RawDt(p, walk, last);

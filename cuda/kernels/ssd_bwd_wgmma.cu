@@ -45,6 +45,7 @@
 #include "mma.cuh"
 #include "ssd_bwd.cuh"
 #include "ssd_wgmma.cuh"
+#include "unknown.cuh"
 
 namespace oxi {
 
@@ -158,18 +159,13 @@ struct Storage {
 };
 static_assert(sizeof(Storage) <= 227 * 1024);
 
-// What is made of a value is computed anew where it is needed: kept, it would take registers.
-__device__ __forceinline__ int now(int value) {
-  asm volatile("" : "+r"(value));
-  return value;
-}
-__device__ __forceinline__ int lane_now() { return now(threadIdx.x % kWarp); }
+__device__ __forceinline__ int lane_now() { return unknown(threadIdx.x % kWarp); }
 
 // How many units came before, and whether an odd number of tiles did: what stages and parities are made of. In one register.
 class UnitPosition {
  public:
   // With one stage nothing that is made of it is kept in registers from unit to unit either.
-  __device__ __forceinline__ int stage() const { return kStages == 1 ? now(0) : units() % kStages; }
+  __device__ __forceinline__ int stage() const { return kStages == 1 ? unknown(0) : units() % kStages; }
   __device__ __forceinline__ unsigned parity() const { return units() / kStages % 2; }
   // Of barriers that each unit has, that each tile has.
   __device__ __forceinline__ unsigned parity_of_units() const { return count % 2; }
@@ -418,7 +414,7 @@ __device__ __forceinline__ void pass_other_tile(unsigned char *state, const Unit
   const bool has_rows = 16 * warp < kHeaddim;
   Step step;
   // Which of the two takes no more registers than there are was found by trial.
-  step.load(own.other, vectors.other, kDstate == 256 ? now(threadIdx.x) : threadIdx.x);
+  step.load(own.other, vectors.other, kDstate == 256 ? unknown(threadIdx.x) : threadIdx.x);
 #pragma unroll 1
   for (int slab = first_slab; slab < kSlabsOfB; slab += slabs_apart) {
     const unsigned address = shared_address(state) + slab * kStateSlabBytes;
@@ -611,8 +607,8 @@ __device__ __forceinline__ void find_dX(const OxiSsdBackwardMapped &mapped, cons
       } else {
         constexpr int kChunks = kHeaddim / 8;
         const int chunks = min(kHeaddim, p.ssd.headdim - first) / 8;
-        Element *dx = static_cast<Element *>(p.dx.data) + now(static_cast<int>(work.b)) * p.dx.stride[0] +
-                      now(tile.begin) * p.dx.stride[1] + head * p.dx.stride[2] + first;
+        Element *dx = static_cast<Element *>(p.dx.data) + unknown(static_cast<int>(work.b)) * p.dx.stride[0] +
+                      unknown(tile.begin) * p.dx.stride[1] + head * p.dx.stride[2] + first;
 #pragma unroll 1
         for (int i = lane_now(); i < 16 * kChunks; i += kWarp) {
           const int t = 16 * warp + i / kChunks, chunk = i % kChunks;
@@ -772,8 +768,8 @@ __device__ __forceinline__ void sum_outer(const Work &work, Storage &storage) {
     storage.group_empty.arrive();
     const auto store = [&](const OxiTensor4 &tensor, const float (&sums)[kColumns / 2]) __attribute__((always_inline)) {
       const int lane = lane_now(), row = 16 * warp + lane / 4;
-      Element *to = static_cast<Element *>(tensor.data) + now(static_cast<int>(work.b)) * tensor.stride[0] +
-                    now(work.group) * tensor.stride[2] + now(tile.begin + row) * tensor.stride[1] +
+      Element *to = static_cast<Element *>(tensor.data) + unknown(static_cast<int>(work.b)) * tensor.stride[0] +
+                    unknown(work.group) * tensor.stride[2] + unknown(tile.begin + row) * tensor.stride[1] +
                     work.first_slab() * kSlabColumns + 2 * (lane % 4);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -1006,7 +1002,7 @@ __device__ __forceinline__ void finish_heads(const Work &work, Storage &storage)
         const int t = 2 * lane + j;
         if (t >= tile.size) continue;
         const float ddt = j == 0 ? (EX.x + A * da[0]) * slope.x : (EX.y + A * da[1]) * slope.y;
-        const long long offset = now(static_cast<int>(work.b)) * params.ddt.stride[0] +
+        const long long offset = unknown(static_cast<int>(work.b)) * params.ddt.stride[0] +
                                  (tile.begin + t) * params.ddt.stride[1] + head * params.ddt.stride[2];
         store_scalar(params.ddt.data, params.wide_ddt ? OXI_F32 : kDtype<Element>, offset, ddt);
         sums[0] = fmaf(j == 0 ? dt.x : dt.y, da[j], sums[0]);

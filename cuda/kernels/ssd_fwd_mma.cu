@@ -33,6 +33,7 @@
 #include "async_copy.cuh"
 #include "mma.cuh"
 #include "ssd.cuh"
+#include "ssd_mma.cuh"
 
 namespace oxi {
 
@@ -98,40 +99,11 @@ struct Stage {
 };
 static_assert(sizeof(Shared) + (kDstate > 128 ? 1 : 2) * sizeof(Stage) <= 99 * 1024);
 
-// Of all threads. The clock's and the others' are at different places in the code, which compute-sanitizer takes `bar.sync` not
-// to be made for. On 8.x the other form takes more registers than there are with a dstate of 256.
-__device__ __forceinline__ void synchronize_all() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.sync 0, %0;" ::"n"(kThreads) : "memory");
-#else
-  asm volatile("bar.sync 0, %0;" ::"n"(kThreads) : "memory");
-#endif
-}
 // Of all but the clock's.
 __device__ __forceinline__ void synchronize_rows() {
   asm volatile("bar.sync 1, %0;" ::"n"(kThreads - kWarp) : "memory");
 }
 
-// A value that the compiler knows nothing of: what is made of it is then computed where it is needed, rather than before the
-// loop over tiles, in registers through all of it.
-__device__ __forceinline__ unsigned unknown(unsigned value) {
-  asm volatile("" : "+r"(value));
-  return value;
-}
-__device__ __forceinline__ long long unknown(long long value) {
-  asm volatile("" : "+l"(value));
-  return value;
-}
-template <typename T>
-__device__ __forceinline__ T *unknown(T *pointer) {
-  asm volatile("" : "+l"(pointer));
-  // But that it is not of shared memory.
-  __builtin_assume(__isGlobal(pointer));
-  return pointer;
-}
-
-__device__ __forceinline__ unsigned thread_now() { return unknown(threadIdx.x); }
-__device__ __forceinline__ int lane_now() { return thread_now() % kWarp; }
 // The first row of the state that the thread's warp has, in the slice, and column of x.
 __device__ __forceinline__ int first_now() { return thread_now() / kWarp * kBlock; }
 
@@ -150,7 +122,7 @@ __device__ __forceinline__ void keep_time(const OxiSsd &p, Shared &shared) {
   // Of the state that enters the walk, at its end.
   float decay = 1.0f;
   next(0);
-  synchronize_all();
+  synchronize_all<kThreads>();
   for (int i = 0; more; ++i) {
     const int size = tile.size;
     // Under way while the next tile is found. A lane has two tokens.
@@ -177,7 +149,7 @@ __device__ __forceinline__ void keep_time(const OxiSsd &p, Shared &shared) {
     }
     // A state that does not reach the end is not multiplied: the decay after it may not be finite.
     if (decay != 0.0f) decay *= fast_exp2(total);
-    synchronize_all();
+    synchronize_all<kThreads>();
   }
   if (p.states_only && walk.slice == 0 && lane == 0) p.segment_decays[walk.of_part(p, walk.segment)] = decay;
 }
@@ -705,13 +677,13 @@ __device__ __forceinline__ void compute(const OxiSsd &p, Shared &shared) {
   State state;
   state.clear();
   Outputs outputs;
-  synchronize_all();
+  synchronize_all<kThreads>();
   ask(p, shared, 0);
   if (has_outputs) state.enter_segment(p, walk);
   if (stores_ended && walk.begin == 0) state.store_ended(p, walk, shared, 0);
   for (unsigned i = 0; span_of(shared, i).size > 0; ++i) {
     wait_for_batches<0>();
-    synchronize_all();
+    synchronize_all<kThreads>();
     if (p.stages > 1) ask(p, shared, i + 1);
     if (span_of(shared, i).starts) {
       state.enter_run(p, walk, shared, span_of(shared, i).begin);

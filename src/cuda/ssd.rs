@@ -1,9 +1,10 @@
 //! The chunk scan's forward on CUDA: which kernel serves a call, and its launches.
 
 use super::launch::{Block, Stream, WARP};
+use super::module::CudaDevice;
 use super::params::{
     self, OXI_SSD_SEGMENT_PARTS, OXI_SSD_STATES_SHARED_BYTES, OXI_SSD_TILE, OxiSsd, OxiSsdMapped,
-    SsdMappedStates, SsdRecurrence, VECTOR,
+    Params, SsdMappedStates, SsdRecurrence, VECTOR,
 };
 use crate::dims::SsdDims;
 use crate::error::{Error, Result};
@@ -18,11 +19,11 @@ pub const MAX_SIZE: usize = 256;
 
 /// Of the kernels with wgmma: a block's threads, for states by DSTATES; rows of the state that it has, if only to leave some
 /// aside.
-const WGMMA_THREADS: usize = 640;
+pub(super) const WGMMA_THREADS: usize = 640;
 const WGMMA_STATES_THREADS: [usize; 3] = [256, 256, 384];
 const WGMMA_ROWS: usize = 64;
-/// Rows of a tile of out that a warp writes.
-const WGMMA_ROWS_OF_WARP: usize = 16;
+/// Rows of a tile of out, in backward of dx, that a warp writes.
+pub(super) const WGMMA_ROWS_OF_WARP: usize = 16;
 /// Of the kernel with mma.sync: threads of a block and rows of the state that it has at most; its shared memory, and what a
 /// stage of it takes for each column of the state.
 const MMA_THREADS: usize = 160;
@@ -110,16 +111,38 @@ pub(super) fn launch(
         return recurrence(stream, inputs, results, segments);
     }
     let (dout, dz) = results.gate.unzip();
-    // Without tokens there is no memory to map.
-    let fits = stream.device.capability == (9, 0)
-        && dims.seqlen > 0
-        && HEADDIMS.contains(&dims.headdim)
+    let fits = have_wgmma(stream.device, dtype, &dims)
         && [&inputs.x, &inputs.B, &inputs.C, results.out].into_iter().all(is_mapped)
         && [inputs.z.as_ref(), dout, dz].into_iter().flatten().all(is_dense);
-    match DSTATES.iter().position(|&size| size == dims.dstate) {
-        Some(dstate) if fits => wgmma(stream, dtype, dstate, inputs, results, segments),
-        _ => mma(stream, dtype, inputs, results, segments),
+    if fits {
+        wgmma(stream, dtype, inputs, results, segments)
+    } else {
+        mma(stream, dtype, inputs, results, segments)
     }
+}
+
+/// Whether there are kernels with wgmma for these sizes, of dense tensors.
+pub(super) fn have_wgmma(device: &CudaDevice, dtype: DType, dims: &SsdDims) -> bool {
+    // Without tokens there is no memory to map.
+    device.capability == (9, 0)
+        && dtype != DType::F32
+        && dims.batch * dims.seqlen > 0
+        && HEADDIMS.contains(&dims.headdim)
+        && DSTATES.contains(&dims.dstate)
+}
+
+/// A block of one of those kernels P that walk states alone, where two share a multiprocessor if they can. `dstate`: an index
+/// of DSTATES.
+pub(super) fn wgmma_states_block<P: Params>(
+    stream: &Stream,
+    choices: &[usize],
+    dstate: usize,
+) -> Block {
+    let shared_bytes = match DSTATES[dstate] {
+        256 => stream.shared_bytes::<P>(choices),
+        _ => OXI_SSD_STATES_SHARED_BYTES as usize,
+    };
+    Block { threads: WGMMA_STATES_THREADS[dstate], shared_bytes }
 }
 
 /// Whether rows move in 16 bytes, and in bulk copies.
@@ -130,16 +153,15 @@ pub(super) fn is_mapped(view: &View<4>) -> bool {
     is_dense(view) && params::can_be_mapped(view)
 }
 
-/// `dstate`: an index of DSTATES.
 fn wgmma(
     stream: &Stream,
     dtype: DType,
-    dstate: usize,
     inputs: &SsdInputs,
     results: &Results,
     segments: Option<&View<3>>,
 ) -> Result<()> {
     let headdim = inputs.dims.headdim;
+    let dstate = rounded(inputs.dims.dstate);
     // Two of 48 overlap in a headdim of 80.
     let part = wgmma_part(headdim);
     let slices = Slices::of_two(headdim, part);
@@ -161,10 +183,7 @@ fn wgmma(
             let block = Block { threads: WGMMA_THREADS, shared_bytes };
             stream.launch(&mapped, &choices, grid, block)
         } else {
-            let most = stream.shared_bytes::<SsdMappedStates>(&choices);
-            let shared_bytes =
-                if DSTATES[dstate] == 256 { most } else { OXI_SSD_STATES_SHARED_BYTES as usize };
-            let block = Block { threads: WGMMA_STATES_THREADS[dstate], shared_bytes };
+            let block = wgmma_states_block::<SsdMappedStates>(stream, &choices, dstate);
             stream.launch(&SsdMappedStates(mapped), &choices, grid, block)
         }
     })

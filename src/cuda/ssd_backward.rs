@@ -3,10 +3,10 @@
 use super::launch::{Block, Stream, WARP};
 use super::module::CudaDevice;
 use super::params::{
-    self, OXI_SSD_STATES_SHARED_BYTES, OXI_SSD_TILE, OxiSsd, OxiSsdBackward, OxiSsdBackwardMapped,
-    SsdBackwardCuts, SsdBackwardMappedStates, SsdBackwardParameters, SsdBackwardStates, VECTOR,
+    self, OXI_SSD_TILE, OxiSsd, OxiSsdBackward, OxiSsdBackwardMapped, SsdBackwardCuts,
+    SsdBackwardMappedStates, SsdBackwardParameters, SsdBackwardStates, VECTOR,
 };
-use super::ssd::{self, DSTATES, HEADDIMS, Results, Slices};
+use super::ssd::{self, DSTATES, Results, Slices, WGMMA_ROWS_OF_WARP, WGMMA_THREADS};
 use crate::dims::SsdDims;
 use crate::error::Result;
 use crate::ops::ssd::{SsdGradients, SsdInputs, SsdStates, SsdWorkspaces};
@@ -14,12 +14,8 @@ use crate::tensor::{DType, View};
 
 const TILE: usize = OXI_SSD_TILE as usize;
 
-/// Of the kernels with wgmma: a block's threads, for states by DSTATES; blocks that share a window's tiles, by DSTATES; rows of
-/// a tile of dx that a warp writes.
-const WGMMA_THREADS: usize = 640;
-const WGMMA_STATES_THREADS: [usize; 3] = [256, 256, 384];
+/// Of the kernels with wgmma: blocks that share a window's tiles, by DSTATES.
 const WGMMA_BLOCKS_OF_WINDOW: [usize; 3] = [1, 1, 2];
-const WGMMA_ROWS_OF_WARP: usize = 16;
 /// Of those with mma.sync: a block's threads, and rows of the state that it has at most; sizeof(Shared), of 16-bit elements and
 /// of fp32, for states by DSTATES.
 const MMA_THREADS: usize = 256;
@@ -50,12 +46,7 @@ pub fn fits(
     mapped: [&View<4>; 5],
     dense: [&View<4>; 2],
 ) -> bool {
-    // Without tokens there is no memory to map.
-    device.capability == (9, 0)
-        && dtype != DType::F32
-        && dims.batch * dims.seqlen > 0
-        && HEADDIMS.contains(&dims.headdim)
-        && DSTATES.contains(&dims.dstate)
+    ssd::have_wgmma(device, dtype, dims)
         && mapped.into_iter().all(ssd::is_mapped)
         && dense.into_iter().all(|view| params::is_dense(view, 2))
 }
@@ -138,10 +129,7 @@ fn wgmma(
         dx: stream.tensor_map(&gradients.dx, WGMMA_ROWS_OF_WARP)?,
         ..Default::default()
     };
-    let most = stream.shared_bytes::<SsdBackwardMappedStates>(&choices);
-    let shared_bytes =
-        if DSTATES[dstate] == 256 { most } else { OXI_SSD_STATES_SHARED_BYTES as usize };
-    let block = Block { threads: WGMMA_STATES_THREADS[dstate], shared_bytes };
+    let block = ssd::wgmma_states_block::<SsdBackwardMappedStates>(stream, &choices, dstate);
     let params = walk_states(inputs, workspaces, params, |bwd, blocks| {
         let params = SsdBackwardMappedStates(OxiSsdBackwardMapped { bwd, ..mapped });
         stream.launch(&params, &choices, [blocks, 1, 1], block)
