@@ -29,7 +29,7 @@ mod _C {
     use crate::ops::selective_state_update::selective_state_update;
     #[pymodule_export]
     use crate::ops::ssd::{
-        ssd_backward, ssd_backward_slot_tokens, ssd_forward, ssd_varlen_forward,
+        ssd_backward, ssd_backward_slot_tokens, ssd_forward, ssd_keeps_states, ssd_varlen_forward,
     };
     #[pymodule_export]
     use crate::ops::state_passing::{state_passing_backward, state_passing_forward};

@@ -401,5 +401,5 @@ def test_opcheck(device, monkeypatch):
     if len(supported(CASES | UPDATES, device)) == len(CASES | UPDATES):
         assert {op._schema.name for op, _ in calls} == {f"oxiscan::{name}" for name in kernels()}
     # Given on one device alone, some for some arguments.
-    workspaces = ("dy", "states", "partials", "cuts", "segments")
+    workspaces = ("dy", "states", "partials", "cuts", "segments", "entry_states")
     assert [name for name, seen in given.items() if seen != {True, False} and name[1] not in workspaces] == []

@@ -118,9 +118,11 @@ def passing(*, strided=False, **sizes):
     return make
 
 
-def scan(*, strided=False, lengths=None, **sizes):
+def scan(*, strided=False, lengths=None, without=(), **sizes):
     def make(*, device, seed):
         tensors = inputs.ssd(**sizes, device=device, seed=seed)
+        for name in without:
+            del tensors[name]
         if lengths is not None:
             tensors["cu_seqlens"] = inputs.cu_seqlens(*lengths, device=device)
             states = inputs.ssd(**sizes | {"batch": len(lengths), "seqlen": 1}, device=device, seed=seed)
@@ -254,7 +256,7 @@ CASES = [
     Case(
         "scan_segments",
         "mamba_chunk_scan_combined",
-        scan(batch=2, seqlen=33000, nheads=1, ngroups=1, headdim=64, dstate=64, decay=1e-3, dtype=BF16),
+        scan(batch=2, seqlen=33000, nheads=1, ngroups=1, headdim=80, dstate=64, decay=1e-3, dtype=BF16),
         SCAN_OPTIONS,
         forward=(("ssd_fwd_wgmma_states", "ssd_fwd_mma"), FAST_SCAN),
         backward=(
@@ -263,6 +265,15 @@ CASES = [
             ("ssd_bwd_wgmma_states", "ssd_bwd_mma_states"),
             *FAST_SCAN_BACKWARD,
         ),
+        **SCAN,
+    ),
+    Case(
+        "scan_segments_with_kept_states",
+        "mamba_chunk_scan_combined",
+        scan(batch=2, seqlen=33000, nheads=1, ngroups=1, headdim=64, dstate=64, decay=1e-3, without=("z",), dtype=BF16),
+        SCAN_OPTIONS,
+        forward=(("ssd_fwd_wgmma_states", "ssd_fwd_mma"), FAST_SCAN),
+        backward=(("ssd_bwd_wgmma_states", "ssd_bwd_mma_states"), *FAST_SCAN_BACKWARD),
         **SCAN,
     ),
     Case(
@@ -608,7 +619,7 @@ def test_a_scan_that_is_too_wide_is_refused(argument, size, dtype, device):
         oxiscan.mamba_chunk_scan_combined(**tensors, **SCAN_OPTIONS)
 
 
-WORKSPACES = ("dy", "states", "partials", "cuts", "segments")
+WORKSPACES = ("dy", "states", "partials", "cuts", "segments", "entry_states")
 CHANGES: dict[str, Callable[[Tensor], Tensor | None]] = {
     "none": lambda t: None,
     "larger": lambda t: torch.cat([t, t], dim=-1),
@@ -618,11 +629,15 @@ CHANGES: dict[str, Callable[[Tensor], Tensor | None]] = {
 
 
 def change_workspaces(monkeypatch, change):
-    """Have the scan's backward run with what `change` makes of each workspace, by name."""
+    """Have the scan's backward run with what `change` makes of each workspace and of kept states, by name."""
     make = ssd.backward_workspaces
 
     def changed(*arguments):
-        return tuple(change(*named) for named in zip(WORKSPACES, make(*arguments), strict=True))
+        workspaces, entry_states = make(*arguments)
+        *workspaces, entry_states = (
+            change(*named) for named in zip(WORKSPACES, (*workspaces, entry_states), strict=True)
+        )
+        return tuple(workspaces), entry_states
 
     monkeypatch.setattr(ssd, "backward_workspaces", changed)
 
@@ -630,6 +645,8 @@ def change_workspaces(monkeypatch, change):
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", WORKSPACES)
 def test_workspaces_of_the_scan_that_do_not_fit_are_refused(name, change, device, monkeypatch):
+    if name == "entry_states" and torch.cuda.get_device_capability(device) != (9, 0):
+        pytest.skip("states are kept by wgmma alone")
     shape = {"batch": 1, "seqlen": 33000, "nheads": 1, "ngroups": 1, "headdim": 64, "dstate": 64}
     tensors = inputs.ssd(**shape, seq_idx=True, dtype=BF16, device=device)
     leaves = {n: t.requires_grad_(t.is_floating_point()) for n, t in tensors.items()}
@@ -639,7 +656,8 @@ def test_workspaces_of_the_scan_that_do_not_fit_are_refused(name, change, device
     if change in serves:
         torch.autograd.grad(out.sum(), leaves["x"])
         return
-    named = "(partials|segments)" if name == "segments" else name
+    # Without kept states the workspace is not large enough.
+    named = {"segments": "(partials|segments)", "entry_states": "(entry_)?states"}.get(name, name)
     with pytest.raises((TypeError, ValueError), match=f"^{named}: got "):
         torch.autograd.grad(out.sum(), leaves["x"])
 
@@ -1105,7 +1123,8 @@ def test_launches_of_a_backward(dtype, headdim, forward, kernel, wgmma, fast, de
         tensors = inputs.ssd(**shape, seq_idx=seq_idx, dtype=dtype, device=device)
         if not z:
             del tensors["z"]
-        gate = [forward or wgmma] * (2 if is_long else 1)
+        has_states = not kernel and fast == "wgmma"
+        gate = [forward or wgmma] * (2 if is_long and not has_states else 1)
         before = gate * z + ["ssd_bwd_cuts"] * seq_idx + kernels[:1] * is_long
         assert_backward(before + kernels, tensors)
 
@@ -1173,8 +1192,8 @@ def test_a_captured_scan_takes_other_documents(dtype, headdim, dstate, device):
 
 @pytest.mark.parametrize("z", [False, True])
 @pytest.mark.parametrize(("x", "tokens"), [(Tensor.clone, 128), (unaligned, 64)])
-def test_states_that_the_scan_s_backward_stores(x, tokens, z, device, monkeypatch):
-    """In one slot for so many tokens; in others for documents, where these have states."""
+def test_states_of_the_scan_s_backward(x, tokens, z, device, monkeypatch):
+    """In one slot for so many tokens, in others for documents with states; forward keeps those of 128."""
     if torch.cuda.get_device_capability(device) != (9, 0):
         tokens = 64
     shape = {"batch": 1, "seqlen": 1000, "nheads": 2, "ngroups": 1, "headdim": 64, "dstate": 64}
@@ -1189,13 +1208,34 @@ def test_states_that_the_scan_s_backward_stores(x, tokens, z, device, monkeypatc
         seen.clear()
         options = {"chunk_size": 64, "return_final_states": True, "return_varlen_states": True}
         run(oxiscan.mamba_chunk_scan_combined, tensors | states, options, gradients)
-        return seen["states"].numel() / (2 * 2 * 64 * 64)
+        found, kept = (0 if t is None else t.numel() / (2 * 64 * 64) for t in (seen["states"], seen["entry_states"]))
+        return (found, kept) if tokens == 128 else found
 
-    of_tokens = -(-1000 // tokens) + 1
+    def expected(exits, entries):
+        return (exits, entries) if tokens == 128 else exits + entries
+
+    of_tokens = -(-1000 // tokens)
     gradients = [torch.randn_like(tensors["x"]), torch.randn(1, 2, 64, 64, device=device), None]
-    assert slots(gradients) == of_tokens
-    assert slots(gradients, initial_states=torch.randn(3, 2, 64, 64, device=device)) == of_tokens + 3
-    assert slots() == of_tokens + 3
+    initial_states = torch.randn(3, 2, 64, 64, device=device)
+    assert slots(gradients) == expected(of_tokens + 1, of_tokens)
+    assert slots(gradients, initial_states=initial_states) == expected(of_tokens + 1, of_tokens + 3)
+    assert slots() == expected(of_tokens + 1 + 3, of_tokens)
+
+
+@pytest.mark.parametrize("headdim", [64, 80, 96, 128])
+def test_what_a_scan_saves(headdim, device):
+    """The arguments and, where the fast kernels serve it in whole slices, a state for every 128 tokens."""
+    tensors = inputs.ssd(seqlen=1000, headdim=headdim, dstate=64, dtype=BF16, device=device)
+    leaves = {n: t.requires_grad_(t.is_floating_point()) for n, t in tensors.items()}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        oxiscan.mamba_chunk_scan_combined(**leaves, chunk_size=64)
+    pointers = {t.data_ptr() for t in leaves.values()}
+    beside = [t for t in saved if t.data_ptr() not in pointers]
+    keeps = headdim != 80 and torch.cuda.get_device_capability(device) == (9, 0)
+    assert [t.dtype for t in beside] == [BF16] * keeps
+    # Of 2 sequences, as many slots as 128 tokens are in them and one for an initial state, of 4 heads.
+    assert sum(t.numel() for t in beside) == keeps * 2 * (8 + 1) * 4 * headdim * 64
 
 
 # Of long128k what six parts of segments add to the states of 32 heads.

@@ -18,6 +18,18 @@ struct Barrier {
     asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(&word)) : "memory");
   }
 
+  // At the barrier that another block of the cluster has in the same place.
+  __device__ __forceinline__ void arrive_in(int rank) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 other;\n"
+        "mapa.shared::cluster.u32 other, %0, %1;\n"
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [other];\n"
+        "}" ::"r"(shared_address(&word)),
+        "r"(rank)
+        : "memory");
+  }
+
   // The present phase ends no sooner than so many bytes of bulk copies are there.
   __device__ __forceinline__ void expect(int bytes) {
     asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&word)), "r"(bytes)
@@ -34,6 +46,19 @@ struct Barrier {
         ".reg .pred done;\n"
         "again:\n"
         "mbarrier.try_wait.parity.shared.b64 done, [%0], %1, %2;\n"
+        "@!done bra again;\n"
+        "}" ::"r"(shared_address(&word)),
+        "r"(parity), "n"(kNanoseconds)
+        : "memory");
+  }
+
+  // The same where what other blocks of the cluster did or sent is waited for.
+  __device__ __forceinline__ void wait_for_cluster(unsigned parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1, %2;\n"
         "@!done bra again;\n"
         "}" ::"r"(shared_address(&word)),
         "r"(parity), "n"(kNanoseconds)

@@ -275,7 +275,9 @@ enum {
  *
  * The segments of a long sequence are walked at the same time. segment_states: what each part of each but the last adds to
  * the state, by batch, part and head, of one head in an order of the kernel's; segment_decays: the factor by which the state
- * before it decays, 0 where another run begins. */
+ * before it decays, 0 where another run begins.
+ *
+ * entry_states: of Element; for a backward, the states that enter tiles, by batch, slot, head and slice (ssd.cuh). */
 struct OxiSsd {
   int seqlen;
   int nheads;
@@ -306,6 +308,12 @@ struct OxiSsd {
   /* Elements that move at once where x, B and C are copied to shared memory, and how many tiles it holds. */
   int width;
   int stages;
+  /* Of entry_states: tokens of a slot, how many slots a sequence's tokens have, how many it has in all. */
+  int slot_tokens;
+  int token_slots;
+  int entry_slots;
+  /* Whether to write entry_states. Otherwise segments begin with those that are there, if any. */
+  int keeps_entry_states;
   struct OxiTensor4 x;              /* batch, seqlen, nheads, headdim */
   struct OxiTensor3 dt;             /* batch, seqlen, nheads */
   struct OxiVector A;
@@ -322,6 +330,7 @@ struct OxiSsd {
   struct OxiTensor4 varlen_states;  /* ndocs, nheads, headdim, dstate */
   float *segment_states;
   float *segment_decays;
+  void *entry_states;
   const int *seq_idx;
   long long seq_idx_stride[2];
   const void *cu_seqlens;
@@ -346,8 +355,8 @@ struct OxiSsdMapped {
  * Of `ssd` z, out, dout and dz are not used, `slices` do not overlap, and final_states and varlen_states are their gradients,
  * as initial_states are the states: data null where there is none.
  *
- * states: of Element; the states that enter tiles, then, as many again, the gradients of those that leave them, by batch, slot,
- * head and slice. ssd.segment_states: what segments add to the states, then to their gradients, by batch, order in which they
+ * exit_states: the gradients of the states that leave tiles, as ssd.entry_states are those that enter them.
+ * ssd.segment_states: what segments add to the states, then to their gradients, by batch, order in which they
  * are walked, head and slice; ssd.segment_decays: by direction, batch, order and head.
  *
  * partials (batch windows, nheads (2 + dD_columns)): what the tiles of a window add to dA, ddt_bias and dD, in this order, of
@@ -363,7 +372,7 @@ struct OxiSsdBackward {
   struct OxiVector dA;
   struct OxiVector ddt_bias;
   struct OxiTensor2 dD; /* nheads, dD_columns */
-  void *states;
+  void *exit_states;
   /* Of wgmma kernels, by batch, head and token: dt, then of all tokens log2 of the decay from the tile's start, then dt's
    * derivative. */
   float *tokens;
@@ -372,13 +381,13 @@ struct OxiSsdBackward {
    * with which a run begins. Null where a sequence is one run. */
   unsigned long long *marks;
   int *run_starts;
-  /* Windows of OXI_SSD_TILE tokens of a sequence. Slots of states: one for so many tokens, then those of documents, where they
-   * have states, then one more. */
+  /* Windows of OXI_SSD_TILE tokens of a sequence. */
   int windows;
-  int slot_tokens;
-  int token_slots;
+  /* Slots of a sequence's exit_states: those of tokens, of documents, where they have gradients, and one more. */
   int document_slots;
-  int slots;
+  int exit_slots;
+  /* Whether states are walked forward too: entry_states are to be found yet. */
+  int finds_entry_states;
   int batch;
   int ngroups;
   /* 0: no D; 1: one a head; else headdim. */
@@ -386,7 +395,6 @@ struct OxiSsdBackward {
   int dD_dtype;
   int wide_ddt;
   int wide_dinitial_states;
-  int reserved;
 };
 
 /* x, dy, B and C by boxes of 64 tokens and 64 elements, dx by boxes of 16 tokens; of any dtype of 16 bits. */

@@ -72,6 +72,9 @@ struct alignas(16) Span {
 
 // The tokens of a walk, tile after tile. Every lane of a warp has the same values; seq_idx and cu_seqlens are read by all 32.
 struct Tiles : Span {
+  // Whether it is an odd one, counted from where a run or a segment begins.
+  bool odd = true;
+
   __device__ __forceinline__ Tiles(const OxiSsd &p, const Walk &walk)
       : p(p), ids(p.seq_idx == nullptr ? nullptr : p.seq_idx + walk.b * p.seq_idx_stride[0]), first(walk.begin), end(walk.end) {
     begin = walk.begin;
@@ -91,6 +94,7 @@ struct Tiles : Span {
     size = clamp_to_tile(end - begin);
     if (size == 0) return false;
     starts = ends;
+    odd = !starts && !odd;
     // The bit of token begin + 1 + i says whether a run begins there.
     unsigned long long marks = 0;
     if (ids != nullptr) {
@@ -123,6 +127,7 @@ struct Tiles : Span {
     size = clamp_to_tile(end - begin);
     starts = begin == 0;
     ends = begin + size == p.seqlen;
+    odd = i % 2 != 0;
     return max(i - count + 1, 0);
   }
 
@@ -233,6 +238,23 @@ __device__ __forceinline__ long long entry_row(const OxiSsd &p, long long b, int
 
 __device__ __forceinline__ float load_initial(const OxiSsd &p, long long offset) {
   return load_either<Element>(p.initial_states.data, offset, p.wide_initial_states);
+}
+
+// The slot of entry_states of the state that enters a tile, -1 where it is zeros.
+__device__ __forceinline__ int entry_slot(const OxiSsd &p, long long b, const Span &tile) {
+  if (!tile.starts) return tile.begin / p.slot_tokens;
+  if (p.initial_states.data == nullptr) return -1;
+  const int document = document_from(p, tile.begin);
+  return initial_row(p, b, document) < 0 ? -1 : p.token_slots + document;
+}
+
+// What a slot of a sequence's `slots` has of a head's slice, in so many bytes.
+__device__ __forceinline__ unsigned char *in_slot(void *states, int slots, const OxiSsd &p, long long b, int slot, int head,
+                                                  int slice, int bytes) {
+  return static_cast<unsigned char *>(states) + (((b * slots + slot) * p.nheads + head) * p.slices + slice) * bytes;
+}
+__device__ __forceinline__ unsigned char *in_entry_slot(const OxiSsd &p, long long b, int slot, int head, int slice, int bytes) {
+  return in_slot(p.entry_states, p.entry_slots, p, b, slot, head, slice, bytes);
 }
 
 // Call store(row, entry) for each document that ends at token `end`: its row of varlen states, and the row of initial states

@@ -2,11 +2,12 @@
 //
 // Tiles are of up to 64 tokens and begin anew where a run (ssd.cuh) or a segment of a long sequence does. The gradients within
 // a tile need the state that enters it, H, and the gradient of the one that leaves it, G: kernels that walk along a sequence,
-// one block forward for H, another in reverse for G, leave them in *slots* of a workspace, from where the blocks that have
-// tiles take them: at every boundary between tiles within a run, or at every other one, where slot_tokens is 128. A boundary
-// before token t has slot t / slot_tokens: two of them are at least as far apart, or the later one is a segment's begin, a
-// multiple of that. Behind those slots, where there are initial states or gradients of documents' last states, document d has
-// slot token_slots + d for both. The last slot is for the gradient of a sequence's last state, where no document's has it.
+// one block in reverse for G and, unless the forward has kept H, another one forward for that, leave them in *slots*, from
+// where the blocks that have tiles take them: at every boundary between tiles within a run, or at every other one, where
+// slot_tokens is 128. A boundary before token t has slot t / slot_tokens: two of them are at least as far apart, or the later
+// one is a segment's begin, a multiple of that. Behind those slots, where there are initial states, for H, or gradients of
+// documents' last states, for G, document d has slot token_slots + d. G's last slot is for the gradient of a sequence's last
+// state, where no document's has it.
 #pragma once
 
 #include "ssd.cuh"
@@ -93,26 +94,21 @@ __device__ __forceinline__ int document_to(const OxiSsd &p, int end) {
   return -1;
 }
 
-// Where the state that enters a tile is, and the gradient of the one that leaves it; -1 where they are zeros.
-__device__ __forceinline__ int entry_slot(const OxiSsdBackward &p, long long b, const Span &tile) {
-  if (!tile.starts) return tile.begin / p.slot_tokens;
-  if (p.ssd.initial_states.data == nullptr) return -1;
-  const int document = document_from(p.ssd, tile.begin);
-  return initial_row(p.ssd, b, document) < 0 ? -1 : p.token_slots + document;
-}
+// As entry_slot, of the gradient of the state that leaves a tile.
 __device__ __forceinline__ int exit_slot(const OxiSsdBackward &p, const Span &tile) {
   const int end = tile.begin + tile.size;
-  if (!tile.ends) return end / p.slot_tokens;
+  if (!tile.ends) return end / p.ssd.slot_tokens;
   const int document = p.ssd.varlen_states.data == nullptr ? -1 : document_to(p.ssd, end);
-  if (document >= 0) return p.token_slots + document;
+  if (document >= 0) return p.ssd.token_slots + document;
   const bool has_final = end == p.ssd.seqlen && p.ssd.final_states.data != nullptr;
-  return has_final ? p.token_slots + p.document_slots : -1;
+  return has_final ? p.ssd.token_slots + p.document_slots : -1;
 }
 
-// Which of all states of a slot a head's slice has.
-__device__ __forceinline__ long long state_index(const OxiSsdBackward &p, bool of_gradients, long long b, int slot, int head,
-                                                 int slice) {
-  return (((of_gradients * p.batch + b) * p.slots + slot) * p.ssd.nheads + head) * p.ssd.slices + slice;
+// What a slot has of a head's slice, in so many bytes.
+__device__ __forceinline__ unsigned char *in_slot(const OxiSsdBackward &p, bool of_gradients, long long b, int slot, int head,
+                                                  int slice, int bytes) {
+  if (!of_gradients) return in_entry_slot(p.ssd, b, slot, head, slice, bytes);
+  return in_slot(p.exit_states, p.exit_slots, p.ssd, b, slot, head, slice, bytes);
 }
 
 // The part of the work along states that a block has: one direction, of one segment, one head, one slice.
@@ -137,8 +133,8 @@ struct StateWalkOf {
     rest /= p.slices;
     head = rest % p.nheads;
     rest /= p.nheads;
-    reverse = rest % 2;
-    rest /= 2;
+    reverse = !params.finds_entry_states || rest % 2 != 0;
+    if (params.finds_entry_states) rest /= 2;
     const int orders = p.states_only ? p.segments - 1 : p.segments;
     order = rest % orders;
     b = rest / orders;

@@ -78,6 +78,8 @@ struct Vectors<true> : Vectors<false> {
   float rows[kTile];
   float entering[kTile];
   float l_of_row[kTile];
+  // Whether the tile is an odd one.
+  bool odd;
 };
 
 template <int kCount, int kCountOfX, bool kWithOutputs>
@@ -124,6 +126,7 @@ __device__ __forceinline__ void discretize(const OxiSsd &p, const Discretize &he
   if (lane == kWarp - 1) vectors.over_tile = fast_exp2(l[1]);
   if (lane == 0) vectors.tile = tile;
   if constexpr (kOutputs) {
+    if (lane == 0) vectors.odd = tile.odd;
     store(vectors.l, l[0], l[1]);
     store(vectors.dt, dt[0], dt[1]);
     // l of the token before each warp's first one.
@@ -232,7 +235,7 @@ struct Step {
   unsigned leaving[kTile / 16][4];
   float over_tile;
 
-  __device__ __forceinline__ void load(const unsigned char *x, const Vectors<false> &vectors, int thread = threadIdx.x) {
+  __device__ __forceinline__ void load(const unsigned char *x, const Vectors<false> &vectors, unsigned thread = threadIdx.x) {
     const int lane = thread % kWarp, warp = thread / kWarp % 4;
     const int row = lane / 16 * 8 + lane % 8, chunk = 2 * warp + lane / 8 % 2;
     over_tile = vectors.over_tile;
@@ -400,6 +403,25 @@ struct State {
         own[3] = fmaf(decay, own[3], added[i].w);
       }
       wait_for_warpgroup();
+    }
+  }
+
+  // What `publish` wrote to slabs, from global memory. The barriers as in `each`.
+  __device__ __forceinline__ void load_rounded(const unsigned char *slabs) {
+    int thread = threadIdx.x % kWarpgroup;
+    asm volatile("" : "+r"(thread));
+    const int row = thread / kWarp * 16 + thread % kWarp / 4;
+    const unsigned char *slab = slabs + group * kColumns / kSlabColumns * kStateSlabBytes + thread % 4 * 4;
+#pragma unroll
+    for (int j = 0; j < kColumns / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const unsigned char *from = slab + slab_offset(row + i / 2 * 8, j % 8) + i % 2 * sizeof(Element);
+        if (row + i / 2 * 8 < kHeaddim) value[4 * j + i] = to_float(*reinterpret_cast<const Element *>(from));
+      }
+      if (j % 8 == 7) slab += kStateSlabBytes;
+      asm volatile("" : "+l"(slab));
+      if (j % 2 == 1) wait_for_warpgroup();
     }
   }
 

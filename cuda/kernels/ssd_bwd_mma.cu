@@ -241,8 +241,9 @@ struct Work {
   __device__ __forceinline__ void ask_state(bool of_gradients, int j, int i) {
     const int slot = of_gradients ? shared.exit_slot : shared.entry_slot;
     if (slot < 0) return;
-    const long long index = state_index(params, of_gradients, shared.b, slot, head_of(i), i % p.slices);
-    Element *state = static_cast<Element *>(params.states) + index * kSlice * kDstate + j * kColumns;
+    constexpr int kBytes = kSlice * kDstate * sizeof(Element);
+    unsigned char *from = in_slot(params, of_gradients, shared.b, slot, head_of(i), i % p.slices, kBytes);
+    Element *state = reinterpret_cast<Element *>(from) + j * kColumns;
     copy<kSlice, kColumns, kThreads>(shared.pieces[of_gradients][0], Lines{state, kDstate, 1, kColumns}, kSlice, true);
     ask_piece(shared.pieces[of_gradients][1], of_gradients ? p.B : p.C, j);
   }
@@ -781,7 +782,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) KERNEL(const __grid_co
       const Span tile = is_own ? Cuts(params, shared.b).from(begin) : Span{};
       shared.tile = tile;
       if (is_own) {
-        shared.entry_slot = entry_slot(params, shared.b, tile);
+        shared.entry_slot = entry_slot(params.ssd, shared.b, tile);
         shared.exit_slot = exit_slot(params, tile);
       }
     }

@@ -324,10 +324,11 @@ struct Worker {
       if (stores_initial()) store_untouched(params, walk, rows(), end);
     }
     if (p.states_only) return;
-    const int slot = walk.reverse ? exit_slot(params, tile) : entry_slot(params, walk.b, tile);
+    const int slot = walk.reverse ? exit_slot(params, tile) : entry_slot(p, walk.b, tile);
     if (slot < 0) return;
-    const long long index = state_index(params, walk.reverse, walk.b, slot, walk.head, walk.slice);
-    state.store_rounded(static_cast<Element *>(params.states) + index * kSlice * kDstate);
+    constexpr int kBytes = kSlice * kDstate * sizeof(Element);
+    state.store_rounded(
+        reinterpret_cast<Element *>(in_slot(params, walk.reverse, walk.b, slot, walk.head, walk.slice, kBytes)));
   }
 
   // After a tile.

@@ -11,37 +11,48 @@
 //   da[t] = sum over t' >= t of (row sum of K - column sum of K + r)[t'] + sum over s < t of q[s] + 2^l[end] <G, H>
 //   ddt = (sum over p of E X + A da) (what softplus and limits leave of it)      dA = sum of dt da      ddt_bias = sum of ddt
 //
-// Grid: a block has the tiles that begin in a window of 64 tokens, for the heads of a group: one tile where a sequence is one
-// run. Heads, or slices of kHeaddim rows of their states, are its *units*, in order. With a dstate of 256 two blocks do so,
-// each for half of dB's and dC's columns, the first one for all the rest. States come from slots at every other boundary
-// (ssd_bwd.cuh): where an odd tile begins, H is found from the slot of the even one before it and that one's X and B; where an
-// even tile ends that an odd one follows, G from the slot behind that one and its dY and C, as ssd_bwd_wgmma_states.cu does.
-// What the *other* tile has for that is part of a unit, or with B and C.
+// Grid: as many blocks as multiprocessors, each with one *window* of 64 tokens after another, for the heads of a group: with
+// the tiles that begin there, one where a sequence is one run. Heads, or slices of kHeaddim rows of their states, are its
+// *units*, in order. With a dstate of 256 two blocks do so, a cluster, each with its part of dstate, that is of the columns of
+// B, C, H, G, dB and dC, and with half of dX's columns; both find P and dCB.
+//
+// States come from slots at every other boundary (ssd_bwd.cuh): where an odd tile begins, H is found from the slot of the even
+// one before it and that one's X and B; where an even tile ends that an odd one follows, G from the slot behind that one and
+// its dY and C, as ssd_bwd_wgmma_states.cu does. What the *other* tile has for that is part of a unit, or with B and C.
 //
 // Warpgroups, whose products are of rows s, but those with C of rows t:
 //
 //   pairs     S, transposed, to shared memory; of a unit dM^T, P^T, which goes to shared memory, sums of K. dCB^T is in
 //             registers and goes, rounded, where P^T was after the last unit.
-//   dX        two of them, each with half of the columns: H or G from the other tile; C H^T, r, I, q, E, dX.
+//   dX        two of them, each with every other unit: H or G from the other tile; C H^T, r, I, q, E, dX.
 //   outer     dC and dB, in registers: of a unit dY 2^l and X dt 2^(l[end] - l), scaled in registers, times the states; after
-//             the last unit what dCB adds. <G, H> and dD.
-//   others    a warp each: copies; the clock (what dt and A make of a unit); da and ddt.
+//             the last unit what dCB adds. <G, H>.
+//   others    a warp each: copies; the clock (what dt and A make of a unit); dD; da and ddt.
 //
 // What bounds it is the time between instructions of a warp, also until more of its code comes: hence many warps, each with a
-// part of a unit, and little code.
+// part of a unit or with every other one, and little code.
+//
+// Sums over dstate of a cluster's blocks, which are in step but for what stages allow: of S each sends all of its part to the
+// other, so that both have the whole; of I what is of the other's columns of dX, from where E and dX are of a block's own
+// columns alone. The sums r, q and <G, H> are linear in those over dstate: both blocks' go to the first one, which also has
+// what is not of a part: K, dD, da and ddt.
 //
 // Barriers: full[stage], empty[stage]: of a unit, its copies and vectors; copies come to `landed` first where a tile's rows
-// have to be cleared. states_full[stage]: H and G are those at the tile's ends. P_full, P_empty. group_full, group_empty: a
-// tile's B and C. dCB_full, dCB_empty. results_full[stage], results_empty[stage]: a unit's sums. Two warps that have the same
-// rows of dX synchronize before they write it and before it is copied.
+// have to be cleared. kept_empty[kept stage]: dY and the vectors, which dX needs to its end; the rest of a unit it leaves
+// before. states_full[stage]: H and G are those at the tile's ends. P_full by the warpgroup for dX whose unit it is, P_empty.
+// group_full, group_empty: a tile's B and C. dCB_full, dCB_empty. results_full[stage], results_empty[stage]: a unit's sums, in
+// the first block; a second one has the latter too, of the first one's. From the other block, S_full, S_empty: a tile's S;
+// received_full[stage]: a unit's I.
 //
 // A document's tokens are multiplied with nothing of another's: a tile is of one run, rows past its tokens are zeros.
 //
-// Shared memory: Storage below, 182 to 222 KB: slabs of 64 columns (wgmma.cuh). dX goes out by bulk copies.
+// Shared memory: Storage below, 205 to 227 KB: slabs of 64 columns (wgmma.cuh). dX goes out by bulk copies, but from two blocks
+// by each warp's stores.
 //
 // fp32: dt, l and the powers, S, dM, I, E, all sums. Rounded to Element: H and G in slots, P, dCB, 2^l dY and dt 2^(l[end] -
 // l) X as operands, the factors there to 16 bits in bf16 (scale_factors).
 
+#include "cluster.cuh"
 #include "mma.cuh"
 #include "ssd_bwd.cuh"
 #include "ssd_wgmma.cuh"
@@ -57,19 +68,25 @@ constexpr int kDxRegisters = 80;
 constexpr int kOuterRegisters = 176;
 constexpr int kOtherRegisters = 5 * kRegisters - kPairsRegisters - 2 * kDxRegisters - kOuterRegisters;
 
+// Each with every other unit: a unit takes it longer than any other warpgroup.
 constexpr int kDxGroups = 2;
-// Columns of dX that each of them has, at most.
-constexpr int kDxColumns = kSlabColumns / kDxGroups;
-constexpr int kStages = kDstate == 256 ? 1 : kDstate == 128 ? 2 : 3;
-constexpr int kStateBytes = kSlabsOfB * kStateSlabBytes;
-// Blocks that share dB's and dC's columns, and how many slabs of them each has.
+constexpr int kStages = kDstate == 64 ? 3 : 2;
+// Of what dX needs to its end, dY and the vectors.
+constexpr int kKeptStages = kStages + 1;
+// Blocks that share a window, each with a part of dstate, and how many slabs of columns that is.
 constexpr int kParts = kDstate / kColumns;
 constexpr int kSlabsOfPart = kSlabsOfB / kParts;
+constexpr int kStateBytes = kSlabsOfPart * kStateSlabBytes;
+// Columns of dX of which a block finds sums over its part of dstate, and those that it then finds dX of.
+constexpr int kDxColumns = kParts == 1 ? kHeaddim : kSlabColumns;
+constexpr int kOwnColumns = kDxColumns / kParts;
 constexpr int kHeaddimSteps = kHeaddim / 16;
+
+// Which of them this block is; not kept in a register.
+__device__ __forceinline__ int part_now() { return blockIdx.x % kParts; }
 
 struct Unit {
   unsigned char x[kSlabBytes];
-  unsigned char dy[kSlabBytes];
   unsigned char H[kStateBytes];
   unsigned char G[kStateBytes];
   // Of the other tile: dY where G is to be found, x where H is.
@@ -99,35 +116,139 @@ struct UnitVectors {
 };
 
 // A unit's sums, by token: rows of K by the warp that has them; without dt, columns of K, the same with the diagonal, and q;
-// r, and with them dt and its derivative. By warp, what <G, H> is, then, of one value a head, dD.
+// r, and with them dt and its derivative. Parts of <G, H> and, of one value a head, dD.
 struct alignas(8) Results {
   float K_rows[4][kTile];
   float K_columns[kTile];
   float PM[kTile];
-  float q[kDxGroups][kTile];
-  float r[kDxGroups][kTile];
+  // r, q.
+  float of_states[2][kParts][kTile];
   float dt[kTile];
   float slope[kTile];
-  float by_warp[8];
+  float GH[kParts][kWarp];
+  float dD[8];
+
+  // What of it a window's blocks send.
+  static constexpr int kSentBytes = sizeof(of_states) + sizeof(GH);
+};
+
+// S, transposed, of the columns t from the diagonal's 16 on, as the threads for pairs have it, each its own: in each step of 16
+// columns two fours.
+struct Products {
+  float4 value[4 + 3 + 2 + 1][2][kWarp];
+
+  __device__ __forceinline__ float4 &at(int warp, int step, int half) {
+    return value[warp * (7 - warp) / 2 + step][half][threadIdx.x % kWarp];
+  }
+  __device__ __forceinline__ const float4 &at(int warp, int step, int half) const {
+    return const_cast<Products *>(this)->at(warp, step, half);
+  }
+};
+
+// What a window's two blocks send each other of sums over dstate, of which each has its part.
+template <int kBlocks>
+struct Exchange {
+  static_assert(kBlocks == 2);
+  // B G^T in this block's columns of dX, as the threads have it, from the other block.
+  float4 received[kStages][kOwnColumns / 8][kWarpgroup];
+  Barrier received_full[kStages];
+  Barrier S_full;
+  Barrier S_empty;
+
+  __device__ __forceinline__ void init() {
+    for (Barrier &barrier : received_full) barrier.init(kWarpgroup);
+    S_full.init(kWarpgroup);
+    // The other block's warps for pairs.
+    S_empty.init(kWarpgroup / kWarp);
+  }
+
+  // By the threads for pairs: a tile's S, by way of where the other block keeps it.
+  __device__ __forceinline__ void complete_S(float (&S)[kTile / 2], Products &kept, int warp, unsigned parity) {
+    S_empty.wait_for_cluster(parity ^ 1);
+    const unsigned to = address_in(1 - part_now(), &kept.at(warp, 0, 0)), full = address_in(1 - part_now(), &S_full);
+#pragma unroll
+    for (int i = 0; i < kTile / 8; ++i) {
+      if (i / 2 < warp) continue;
+      send(to + i * sizeof(kept.value[0][0]), make_float4(S[4 * i], S[4 * i + 1], S[4 * i + 2], S[4 * i + 3]), full);
+    }
+    if (threadIdx.x == 0) S_full.expect(sizeof(kept));
+    S_full.arrive();
+    S_full.wait_for_cluster(parity);
+#pragma unroll
+    for (int i = 0; i < kTile / 8; ++i) {
+      if (i / 2 >= warp) add(&S[4 * i], kept.at(warp, i / 2, i % 2));
+    }
+  }
+  // No longer read here.
+  __device__ __forceinline__ void release_S() {
+    __syncwarp();
+    if (threadIdx.x % kWarp == 0) S_empty.arrive_in(1 - part_now());
+  }
+
+  // By the threads for dX: of B G^T the own columns' sums stay, the others are sent. By then the other block has read what was
+  // sent to this stage before.
+  __device__ __forceinline__ void share(const float (&sums)[kDxColumns / 2], float (&own)[kOwnColumns / 2], int stage) {
+    const int thread = unknown(threadIdx.x % kWarpgroup), part = part_now();
+    const unsigned to = address_in(1 - part, &received[stage][0][thread]);
+    const unsigned full = address_in(1 - part, &received_full[stage]);
+#pragma unroll
+    for (int j = 0; j < kOwnColumns / 8; ++j) {
+      float others[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float first = sums[4 * j + i], second = sums[kOwnColumns / 2 + 4 * j + i];
+        own[4 * j + i] = part == 0 ? first : second;
+        others[i] = part == 0 ? second : first;
+      }
+      send(to + j * sizeof(received[0][0]), make_float4(others[0], others[1], others[2], others[3]), full);
+    }
+    if (thread == 0) received_full[stage].expect(sizeof(received[0]));
+    received_full[stage].arrive();
+  }
+  __device__ __forceinline__ void complete(float (&own)[kOwnColumns / 2], int stage, unsigned parity) {
+    received_full[stage].wait_for_cluster(parity);
+#pragma unroll
+    for (int j = 0; j < kOwnColumns / 8; ++j) add(&own[4 * j], received[stage][j][unknown(threadIdx.x % kWarpgroup)]);
+  }
+
+ private:
+  __device__ __forceinline__ static void add(float *sums, const float4 &others) {
+    sums[0] += others.x, sums[1] += others.y, sums[2] += others.z, sums[3] += others.w;
+  }
+};
+
+// One block has all of the sums.
+template <>
+struct Exchange<1> {
+  __device__ __forceinline__ void init() {}
+  __device__ __forceinline__ void complete_S(float (&)[kTile / 2], Products &, int, unsigned) {}
+  __device__ __forceinline__ void release_S() {}
+  __device__ __forceinline__ void share(const float (&sums)[kDxColumns / 2], float (&own)[kOwnColumns / 2], int) {
+#pragma unroll
+    for (int i = 0; i < kOwnColumns / 2; ++i) own[i] = sums[i];
+  }
+  __device__ __forceinline__ void complete(float (&)[kOwnColumns / 2], int, unsigned) {}
 };
 
 struct Storage {
   Unit units[kStages];
-  unsigned char B[kSlabsOfB * kSlabBytes];
-  unsigned char C[kSlabsOfB * kSlabBytes];
+  unsigned char dy[kKeptStages][kSlabBytes];
+  unsigned char B[kSlabsOfPart * kSlabBytes];
+  unsigned char C[kSlabsOfPart * kSlabBytes];
   // C of the other tile where G is to be found, B where H is.
-  unsigned char other[kSlabsOfB * kSlabBytes];
+  unsigned char other[kSlabsOfPart * kSlabBytes];
   // P^T, at last dCB^T.
   unsigned char P[kSlabBytes];
-  unsigned char dx[kSlabBytes];
-  // As the threads for pairs have it, each its own.
-  float4 S[kTile / 8][kWarpgroup];
-  UnitVectors vectors[kStages];
+  // A slab for each warpgroup or, of two blocks' halves of the columns, one for both.
+  unsigned char dx[kDxGroups / kParts][kSlabBytes];
+  Products S;
+  UnitVectors vectors[kKeptStages];
   Results results[kStages];
   Barrier full[kStages];
   Barrier empty[kStages];
+  Barrier kept_empty[kKeptStages];
   Barrier states_full[kStages];
-  Barrier P_full;
+  Barrier P_full[kDxGroups];
   Barrier P_empty;
   Barrier landed;
   Barrier group_full;
@@ -136,77 +257,126 @@ struct Storage {
   Barrier dCB_empty;
   Barrier results_full[kStages];
   Barrier results_empty[kStages];
+  Exchange<kParts> exchange;
 
   // By one thread.
   __device__ __forceinline__ void init() {
     for (int i = 0; i < kStages; ++i) {
       // Copies and clock.
       full[i].init(2 * kWarp);
-      // Those for pairs, dX and outer.
-      empty[i].init((2 + kDxGroups) * kWarpgroup);
-      states_full[i].init(kDxGroups * kWarpgroup);
-      results_full[i].init((2 + kDxGroups) * kWarpgroup);
-      results_empty[i].init(kWarp);
+      // Those for pairs, dX, of which one has the unit, and outer; dD's warp.
+      empty[i].init(3 * kWarpgroup + (part_now() == 0 ? kWarp : 0));
+      states_full[i].init(kWarpgroup);
+      results_full[i].init(3 * kWarpgroup + kWarp);
+      // All lanes that read them, or one for them from another block.
+      results_empty[i].init(part_now() == 0 ? kWarp : 1);
     }
-    P_full.init(kWarpgroup);
-    P_empty.init(kDxGroups * kWarpgroup);
+    for (Barrier &barrier : kept_empty) barrier.init(kWarpgroup);
+    for (Barrier &barrier : P_full) barrier.init(kWarpgroup);
+    P_empty.init(kWarpgroup);
     landed.init(kWarp);
     group_full.init(kWarp);
     group_empty.init((2 + kDxGroups) * kWarpgroup);
     dCB_full.init(kWarpgroup);
     dCB_empty.init(kWarpgroup);
+    exchange.init();
   }
 };
 static_assert(sizeof(Storage) <= 227 * 1024);
 
-__device__ __forceinline__ int lane_now() { return unknown(threadIdx.x % kWarp); }
+// Of an operand from here on. Where there are clusters an address in shared memory has a block's rank in its highest byte, for
+// which an operand has no room.
+__device__ __forceinline__ unsigned operand_at(const unsigned char *at, int slab_bytes) {
+  const unsigned address = shared_address(at);
+  return operand(kParts == 1 ? address : address & 0xffffff, slab_bytes);
+}
+
+// Wait for what blocks of the same window do.
+__device__ __forceinline__ void wait_for_parts(Barrier &barrier, unsigned parity) {
+  if constexpr (kParts == 1) {
+    barrier.wait(parity);
+  } else {
+    barrier.wait_for_cluster(parity);
+  }
+}
+
+// One of a unit's sums, to where the window's first block has it: of two blocks, both send what either has, and the barrier
+// there counts it.
+__device__ __forceinline__ void put(float &to, float value, Barrier &full) {
+  if constexpr (kParts == 1) {
+    to = value;
+  } else {
+    send(address_in(0, &to), value, address_in(0, &full));
+  }
+}
+
+__device__ __forceinline__ int lane_now() {
+  const int lane = unknown(threadIdx.x % kWarp);
+  // What is made of an unsigned number by shifts and masks takes three times as many instructions of a signed one.
+  __builtin_assume(lane >= 0 && lane < kWarp);
+  return lane;
+}
 
 // How many units came before, and whether an odd number of tiles did: what stages and parities are made of. In one register.
 class UnitPosition {
  public:
-  // With one stage nothing that is made of it is kept in registers from unit to unit either.
-  __device__ __forceinline__ int stage() const { return kStages == 1 ? unknown(0) : units() % kStages; }
+  __device__ __forceinline__ int stage() const { return units() % kStages; }
   __device__ __forceinline__ unsigned parity() const { return units() / kStages % 2; }
+  __device__ __forceinline__ int kept_stage() const { return units() % kKeptStages; }
+  __device__ __forceinline__ unsigned kept_parity() const { return units() / kKeptStages % 2; }
+  // Which warpgroup for dX has the unit, and the parity of barriers that each of them has.
+  __device__ __forceinline__ int dx_group() const { return units() % kDxGroups; }
+  __device__ __forceinline__ unsigned parity_of_dx_group() const { return units() / kDxGroups % 2; }
   // Of barriers that each unit has, that each tile has.
   __device__ __forceinline__ unsigned parity_of_units() const { return count % 2; }
   __device__ __forceinline__ unsigned parity_of_tiles() const { return count / kTileBit; }
 
+  __device__ __forceinline__ unsigned units() const { return count % kTileBit; }
   __device__ __forceinline__ void advance() { ++count; }
   __device__ __forceinline__ void end_tile() { count ^= kTileBit; }
 
  private:
   static constexpr unsigned kTileBit = 1u << 31;
   unsigned count = 0;
-
-  __device__ __forceinline__ unsigned units() const { return count % kTileBit; }
 };
 
-// The part of the work that a block has.
-struct Work {
+// The part of the work that a block has: the tiles of one window after another, each for one group.
+class Work {
+ public:
   const OxiSsdBackward &p;
-  Cuts cuts;
-  long long b;
-  int window;
+  int b;
   int group;
 
-  __device__ __forceinline__ static Work of(const OxiSsdBackward &p) {
-    int rest = blockIdx.x / kParts;
-    const int group = rest % p.ngroups;
-    rest /= p.ngroups;
-    const long long b = rest / p.windows;
-    return {p, Cuts(p, b), b, rest % p.windows, group};
+  __device__ __forceinline__ explicit Work(const OxiSsdBackward &p) : p(p) {}
+
+  // The first one of the slabs of columns that this block has of B, C and states; whether what is not of a part is its.
+  __device__ __forceinline__ static int first_slab() { return part_now() * kSlabsOfPart; }
+  __device__ __forceinline__ static bool has_whole() { return part_now() == 0; }
+
+  // Call visit(tile) for each tile, without_tiles() for each window in which none begins.
+  template <typename Visit, typename Otherwise>
+  __device__ __forceinline__ void each_tile(Visit visit, Otherwise without_tiles) {
+#pragma unroll 1
+    for (int index = blockIdx.x / kParts; index < unknown(p.batch) * p.windows * p.ngroups; index = next()) {
+      group = index % p.ngroups;
+      row = index / p.ngroups;
+      b = row / p.windows;
+      is_first = true;
+#pragma unroll 1
+      for (Span tile = tile_from(cuts().first_in(window())); tile.size > 0; tile = tile_from(tile.begin + tile.size)) {
+        visit(tile);
+        is_first = false;
+      }
+      if (is_first) without_tiles();
+    }
+  }
+  template <typename Visit>
+  __device__ __forceinline__ void each_tile(Visit visit) {
+    each_tile(visit, [] {});
   }
 
-  // The first one of the slabs of columns that this block has, and whether it does more than its part of dB and dC; not kept in
-  // a register.
-  __device__ __forceinline__ static int first_slab() { return blockIdx.x % kParts * kSlabsOfPart; }
-  __device__ __forceinline__ static bool has_all() { return blockIdx.x % kParts == 0; }
-
-  // The first tile, the one after a tile; of no tokens if there is none.
-  __device__ __forceinline__ Span first() const { return tile_from(cuts.first_in(window)); }
-  __device__ __forceinline__ Span after(const Span &tile) const { return tile_from(tile.begin + tile.size); }
-
   __device__ __forceinline__ int heads() const { return p.ssd.heads_per_group; }
+  __device__ __forceinline__ int units() const { return p.ssd.heads_per_group * p.ssd.slices; }
   __device__ __forceinline__ int first_head() const { return group * p.ssd.heads_per_group; }
   // Call visit(head, slice) for each unit. There is code for one: all roles' code together has to fit in the cache.
   template <typename Visit>
@@ -221,30 +391,45 @@ struct Work {
   // How a tile has its states: both from slots, or one from what the other tile makes of a slot's.
   enum Source { kSlots, kFindsG, kFindsH };
   __device__ __forceinline__ Source source(const Span &tile) const {
-    return cuts.is_odd(tile) ? kFindsH : cuts.has_odd_after(tile) ? kFindsG : kSlots;
+    return cuts().is_odd(tile) ? kFindsH : cuts().has_odd_after(tile) ? kFindsG : kSlots;
   }
 
   // The other tile.
   __device__ __forceinline__ Span other(const Span &tile, Source source) const {
     if (source == kSlots) return {};
-    return source == kFindsG ? cuts.from(tile.begin + tile.size) : cuts.before(tile.begin);
+    return source == kFindsG ? cuts().from(tile.begin + tile.size) : cuts().before(tile.begin);
   }
 
   // What this window's tiles add to a parameter's gradient.
   __device__ __forceinline__ float *partial(int column) const {
     const long long columns = p.ssd.nheads * (2ll + p.dD_columns);
-    return p.partials + (b * p.windows + window) * columns + column;
+    return p.partials + row * columns + column;
   }
   // Add to it, the first tile setting it.
-  __device__ __forceinline__ void add(int column, bool is_first, float value) const {
+  __device__ __forceinline__ void add(int column, float value) const {
     float *sum = partial(column);
     *sum = is_first ? value : *sum + value;
   }
 
  private:
+  // The window among those of all sequences.
+  int row;
+  bool is_first;
+
+  __device__ __forceinline__ int next() const {
+    int blocks;
+    // Read anew each time: kept, it would take a register.
+    asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(blocks));
+    return row * p.ngroups + group + blocks / kParts;
+  }
+
+  // Made where they are asked for, likewise.
+  __device__ __forceinline__ Cuts cuts() const { return Cuts(p, unknown(b)); }
+  __device__ __forceinline__ int window() const { return unknown(row) - unknown(b) * p.windows; }
+
   __device__ __forceinline__ Span tile_from(int begin) const {
-    const bool inside = begin < p.ssd.seqlen && begin < (window + 1) * OXI_SSD_TILE;
-    return inside ? cuts.from(begin) : Span{};
+    const bool inside = begin < p.ssd.seqlen && begin < (window() + 1) * OXI_SSD_TILE;
+    return inside ? cuts().from(begin) : Span{};
   }
 };
 
@@ -298,7 +483,7 @@ __device__ __forceinline__ void decay_products(const float (&dM)[kTile / 2], con
       for (int i = 0; i < 4; ++i) P[k][i] = 0, K_rows[4 * k + i] = 0.0f;
       continue;
     }
-    const float4 halves[2] = {storage.S[2 * k][threadIdx.x], storage.S[2 * k + 1][threadIdx.x]};
+    const float4 halves[2] = {storage.S.at(warp, k, 0), storage.S.at(warp, k, 1)};
     const float S[8] = {halves[0].x, halves[0].y, halves[0].z, halves[0].w,
                         halves[1].x, halves[1].y, halves[1].z, halves[1].w};
     const float4 four = *reinterpret_cast<const float4 *>(vectors.l + 16 * k + 4 * (lane % 4));
@@ -329,24 +514,26 @@ __device__ __forceinline__ void decay_products(const float (&dM)[kTile / 2], con
   }
 }
 
-__device__ __forceinline__ void multiply_pairs(const Work &work, Storage &storage) {
+__device__ __forceinline__ void multiply_pairs(Work &work, Storage &storage) {
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / kWarp % 4, 0);
   UnitPosition at;
-  for (Span tile = work.first(); tile.size > 0; tile = work.after(tile), at.end_tile()) {
+  work.each_tile([&](const Span &) __attribute__((always_inline)) {
     float dCB[kTile / 2];
     storage.group_full.wait(at.parity_of_tiles());
-    const unsigned B = operand(shared_address(storage.B), 0), C = operand(shared_address(storage.C), 0);
+    const unsigned B = operand_at(storage.B, 0), C = operand_at(storage.C, 0);
     products_begin();
 #pragma unroll
-    for (int k = 0; k < kDstate / 16; ++k) {
+    for (int k = 0; k < kColumns / 16; ++k) {
       Product<kTile>::of_shared(dCB, B + along_k(k, kSlabBytes), C + along_k(k, kSlabBytes), k > 0);
     }
     end_of_products();
     wait_for_products<0>();
     keep_in_place(dCB);
+    storage.exchange.complete_S(dCB, storage.S, warp, at.parity_of_tiles());
 #pragma unroll
-    for (int j = 0; j < kTile / 8; ++j) {
-      storage.S[j][threadIdx.x] = make_float4(dCB[4 * j], dCB[4 * j + 1], dCB[4 * j + 2], dCB[4 * j + 3]);
+    for (int i = 0; i < kTile / 8; ++i) {
+      if (i / 2 < warp) continue;
+      storage.S.at(warp, i / 2, i % 2) = make_float4(dCB[4 * i], dCB[4 * i + 1], dCB[4 * i + 2], dCB[4 * i + 3]);
     }
 #pragma unroll
     for (int i = 0; i < kTile / 2; ++i) dCB[i] = 0.0f;
@@ -366,10 +553,10 @@ __device__ __forceinline__ void multiply_pairs(const Work &work, Storage &storag
     work.each_unit([&](int, int) __attribute__((always_inline)) {
       storage.full[at.stage()].wait(at.parity());
       const Unit &own = storage.units[at.stage()];
-      const UnitVectors &vectors = storage.vectors[at.stage()];
+      const UnitVectors &vectors = storage.vectors[at.kept_stage()];
       Results &results = storage.results[at.stage()];
       float dM[kTile / 2], K_columns[2], diagonal[2], K_rows[16];
-      const unsigned x = operand(shared_address(own.x), 0), dy = operand(shared_address(own.dy), 0);
+      const unsigned x = operand_at(own.x, 0), dy = operand_at(storage.dy[at.kept_stage()], 0);
       products_begin();
 #pragma unroll
       for (int k = 0; k < kHeaddimSteps; ++k) Product<kTile>::of_shared(dM, x + along_k(k, 0), dy + along_k(k, 0), k > 0);
@@ -378,10 +565,11 @@ __device__ __forceinline__ void multiply_pairs(const Work &work, Storage &storag
       keep_in_place(dM);
       unsigned P[kTile / 16][4];
       decay_products(dM, storage, vectors, warp, P, dCB, K_columns, diagonal, K_rows);
-      if (work.has_all()) {
-        storage.P_empty.wait(at.parity_of_units() ^ 1);
-        store_operand([&](int k, int i) { return P[k][i]; });
-        storage.P_full.arrive();
+      storage.P_empty.wait(at.parity_of_units() ^ 1);
+      store_operand([&](int k, int i) { return P[k][i]; });
+      storage.P_full[at.dx_group()].arrive();
+      if (work.has_whole()) {
+        if (kParts > 1 && threadIdx.x == 0) storage.results_full[at.stage()].expect(Results::kSentBytes);
         const int lane = lane_now();
         const float2 sums = sum_of_columns(K_rows, lane);
         storage.results_empty[at.stage()].wait(at.parity() ^ 1);
@@ -401,24 +589,25 @@ __device__ __forceinline__ void multiply_pairs(const Work &work, Storage &storag
       at.advance();
     });
     storage.group_empty.arrive();
-    if (work.has_all()) storage.P_empty.wait(at.parity_of_units() ^ 1);
+    storage.exchange.release_S();
+    storage.P_empty.wait(at.parity_of_units() ^ 1);
     store_operand([&](int k, int i) { return join(dCB[8 * k + 2 * i], dCB[8 * k + 2 * i + 1], Element()); });
     storage.dCB_full.arrive();
-  }
+    at.end_tile();
+  });
 }
 
 // A state at one of a tile's ends, from a slot's and what the other tile has, in place; rounded.
 __device__ __forceinline__ void pass_other_tile(unsigned char *state, const Unit &own, const unsigned char *columns,
-                                                const UnitVectors &vectors, int warp, int first_slab, int slabs_apart) {
+                                                const UnitVectors &vectors, int warp) {
   const int lane = lane_now(), row = 16 * warp + lane % 16;
   const bool has_rows = 16 * warp < kHeaddim;
   Step step;
-  // Which of the two takes no more registers than there are was found by trial.
-  step.load(own.other, vectors.other, kDstate == 256 ? unknown(threadIdx.x) : threadIdx.x);
+  step.load(own.other, vectors.other, unknown(threadIdx.x));
 #pragma unroll 1
-  for (int slab = first_slab; slab < kSlabsOfB; slab += slabs_apart) {
+  for (int slab = 0; slab < kSlabsOfPart; ++slab) {
     const unsigned address = shared_address(state) + slab * kStateSlabBytes;
-    const unsigned other = operand(shared_address(columns) + slab * kSlabBytes, 0);
+    const unsigned other = operand_at(columns + slab * kSlabBytes, 0);
     float value[kSlabColumns / 2];
 #pragma unroll
     for (int j = 0; j < kSlabColumns / 8; j += 2) {
@@ -452,55 +641,48 @@ __device__ __forceinline__ void pass_other_tile(unsigned char *state, const Unit
   publish_to_products();
 }
 
-// What a warpgroup for dX has: up to kDxColumns columns from this one on.
-struct DxColumns {
-  int index;
+// A warp's 16 rows of a slab of x or dY: word i of step k has the columns of accumulators 8 k + 2 i + {0, 1}.
+template <int kSteps>
+using Rows = unsigned[kSteps][4];
 
-  __device__ __forceinline__ int first() const { return index * kDxColumns; }
+__device__ __forceinline__ int block_of_rows(int warp, int lane, int step) {
+  return slab_offset(16 * warp + lane % 16, 2 * step + lane / 16);
+}
 
-  // visit(j, words) for each block of 16 x 16 elements, columns 8 j on of these, of a warp's rows of a slab: word i has the
-  // columns of accumulators 4 j + 2 i + {0, 1}.
-  template <typename Visit>
-  __device__ __forceinline__ void each_block(const unsigned char *slab, int warp, int lane, Visit visit) const {
+// From a step on.
+template <int kSteps>
+__device__ __forceinline__ void load_rows(Rows<kSteps> &rows, const unsigned char *slab, int warp, int lane, int first = 0) {
 #pragma unroll
-    for (int j = 0; j < kDxColumns / 8; j += 2) {
-      if (first() + 8 * j >= kHeaddim) continue;
-      unsigned words[4];
-      load_blocks(words, shared_address(slab) + slab_offset(16 * warp + lane % 16, first() / 8 + j + lane / 16));
-      visit(j, words);
+  for (int k = 0; k < kSteps; ++k) load_blocks(rows[k], shared_address(slab) + block_of_rows(warp, lane, first + k));
+}
+
+// Sums over a thread's columns of values times these rows', of its two rows, over their lanes.
+__device__ __forceinline__ void dot_rows(const float *values, const Rows<kHeaddimSteps> &rows, float (&sums)[2]) {
+  sums[0] = sums[1] = 0.0f;
+#pragma unroll
+  for (int k = 0; k < kHeaddimSteps; ++k) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float *own = values + 8 * k + 2 * i;
+      sums[i % 2] = fmaf(own[0], low(rows[k][i], Element()), sums[i % 2]);
+      sums[i % 2] = fmaf(own[1], high(rows[k][i], Element()), sums[i % 2]);
     }
   }
+  sums[0] = sum_of_row(sums[0]);
+  sums[1] = sum_of_row(sums[1]);
+}
 
-  // Sums over a thread's columns of values times a slab's elements, of its two rows, over their lanes.
-  __device__ __forceinline__ void dot_rows(const float (&values)[kDxColumns / 2], const unsigned char *slab, int warp,
-                                           float (&sums)[2]) const {
-    sums[0] = sums[1] = 0.0f;
-    each_block(slab, warp, lane_now(), [&](int j, const unsigned (&words)[4]) {
+// d = A other^T, of a tile's B or C and a state; under way. Columns past kHeaddim are of no use.
+__device__ __forceinline__ void multiply_state(float (&d)[kDxColumns / 2], const unsigned char *tile,
+                                               const unsigned char *state) {
+  const unsigned a = operand_at(tile, 0), b = operand_at(state, 0);
+  products_begin();
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        sums[i % 2] = fmaf(values[4 * j + 2 * i], low(words[i], Element()), sums[i % 2]);
-        sums[i % 2] = fmaf(values[4 * j + 2 * i + 1], high(words[i], Element()), sums[i % 2]);
-      }
-    });
-    sums[0] = sum_of_row(sums[0]);
-    sums[1] = sum_of_row(sums[1]);
+  for (int k = 0; k < kColumns / 16; ++k) {
+    Product<kDxColumns>::of_shared(d, a + along_k(k, kSlabBytes), b + along_k(k, kStateSlabBytes), k > 0);
   }
-
-  // d = A other^T, of a tile's B or C and these rows of a state. Past kHeaddim they are of no use.
-  __device__ __forceinline__ void multiply_state(float (&d)[kDxColumns / 2], const unsigned char *tile,
-                                                 const unsigned char *state) const {
-    const unsigned a = operand(shared_address(tile), 0);
-    const unsigned b = operand(shared_address(state) + first() * kSlabRowBytes, 0);
-    products_begin();
-#pragma unroll
-    for (int k = 0; k < kDstate / 16; ++k) {
-      Product<kDxColumns>::of_shared(d, a + along_k(k, kSlabBytes), b + along_k(k, kStateSlabBytes), k > 0);
-    }
-    end_of_products();
-    wait_for_products<0>();
-    keep_in_place(d);
-  }
-};
+  end_of_products();
+}
 
 // visit(i, row) for a thread's two rows, by the first one of their lanes.
 template <typename Visit>
@@ -511,264 +693,242 @@ __device__ __forceinline__ void each_own_row(int warp, Visit visit) {
   for (int i = 0; i < 2; ++i) visit(i, row + 8 * i);
 }
 
-__device__ __forceinline__ void find_dX(const OxiSsdBackwardMapped &mapped, const Work &work, Storage &storage, int index) {
+// Where a warpgroup for dX has it until it leaves: the slab, and from which step of 16 columns on.
+__device__ __forceinline__ unsigned char *own_dx(Storage &storage, int index) { return storage.dx[index / kParts]; }
+__device__ __forceinline__ int step_in_dx(int index) { return index % kParts * (kOwnColumns / 16); }
+
+__device__ __forceinline__ void find_dX(const OxiSsdBackwardMapped &mapped, Work &work, Storage &storage, int index) {
   const OxiSsdBackward &p = work.p;
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / kWarp % 4, 0);
-  const DxColumns columns{index};
-  // The two warps with the same rows.
-  const auto synchronize_rows = [&]() { asm volatile("bar.sync %0, %1;" ::"r"(1 + warp), "n"(kDxGroups * kWarp) : "memory"); };
   UnitPosition at;
-  for (Span tile = work.first(); tile.size > 0; tile = work.after(tile), at.end_tile()) {
+  work.each_tile([&](const Span &tile) __attribute__((always_inline)) {
     storage.group_full.wait(at.parity_of_tiles());
     const Work::Source source = work.source(tile);
+    const unsigned end = at.units() + work.units();
+    // Of a tile's only unit the other warpgroup has nothing.
+    if (work.units() == 1 && at.dx_group() != index) storage.group_empty.arrive();
     work.each_unit([&](int head, int slice) __attribute__((always_inline)) {
-      storage.full[at.stage()].wait(at.parity());
-      Unit &own = storage.units[at.stage()];
-      const UnitVectors &vectors = storage.vectors[at.stage()];
-      Results &results = storage.results[at.stage()];
-      if (source != Work::kSlots) {
-        pass_other_tile(source == Work::kFindsG ? own.G : own.H, own, storage.other, vectors, warp, work.first_slab() + index,
-                        kDxGroups);
-      }
-      storage.states_full[at.stage()].arrive();
-      if (!work.has_all()) {
-        storage.empty[at.stage()].arrive();
+      if (at.dx_group() != index) {
         at.advance();
         return;
       }
-      storage.states_full[at.stage()].wait(at.parity());
-      // First C H^T, then E.
-      float E[kDxColumns / 2], sums[2];
-      columns.multiply_state(E, storage.C, own.H);
-      columns.dot_rows(E, own.dy, warp, sums);
-      storage.results_empty[at.stage()].wait(at.parity() ^ 1);
-      each_own_row(warp, [&](int i, int row) {
-        const Token &token = vectors.tokens[row];
-        results.r[index][row] = token.entering * sums[i];
-        results.dt[row] = token.dt;
-        results.slope[row] = token.slope;
-      });
-      columns.multiply_state(E, storage.B, own.G);
-      {
-        const Token *tokens = vectors.tokens + 16 * warp + lane_now() / 4;
-        const float leaving[2] = {tokens[0].leaving, tokens[8].leaving};
-#pragma unroll
-        for (int i = 0; i < kDxColumns / 2; ++i) E[i] *= leaving[i / 2 % 2];
+      storage.full[at.stage()].wait(at.parity());
+      Unit &own = storage.units[at.stage()];
+      const unsigned char *dy = storage.dy[at.kept_stage()];
+      const UnitVectors &vectors = storage.vectors[at.kept_stage()];
+      Results &results = storage.results[at.stage()];
+      if (source != Work::kSlots) {
+        pass_other_tile(source == Work::kFindsG ? own.G : own.H, own, storage.other, vectors, warp);
       }
-      columns.dot_rows(E, own.x, warp, sums);
-      each_own_row(warp, [&](int i, int row) { results.q[index][row] = sums[i]; });
-      storage.results_full[at.stage()].arrive();
+      storage.states_full[at.stage()].arrive();
+      storage.states_full[at.stage()].wait(at.parity());
+      wait_for_parts(storage.results_empty[at.stage()], at.parity() ^ 1);
+      // C H^T for r, B G^T for q, which becomes I: the same code, as there is too much of it.
+      float I[kDxColumns / 2];
+#pragma unroll 1
+      for (int of_q = 0; of_q < 2; ++of_q) {
+        Rows<kHeaddimSteps> rows;
+        multiply_state(I, of_q ? storage.B : storage.C, of_q ? own.G : own.H);
+        load_rows<kHeaddimSteps>(rows, of_q ? own.x : dy, warp, lane_now());
+        const Token *tokens = vectors.tokens + 16 * warp + lane_now() / 4;
+        const float decays[2] = {of_q ? tokens[0].leaving : tokens[0].entering, of_q ? tokens[8].leaving : tokens[8].entering};
+        wait_for_products<0>();
+        keep_in_place(I);
+#pragma unroll
+        for (int i = 0; i < kDxColumns / 2; ++i) I[i] *= decays[i / 2 % 2];
+        float sums[2];
+        dot_rows(I, rows, sums);
+        each_own_row(warp, [&](int i, int row) {
+          put(results.of_states[of_q][part_now()][row], sums[i], storage.results_full[at.stage()]);
+        });
+      }
+      if (work.has_whole()) {
+        each_own_row(warp, [&](int, int row) {
+          results.dt[row] = vectors.tokens[row].dt;
+          results.slope[row] = vectors.tokens[row].slope;
+        });
+      }
+      if (work.has_whole()) storage.results_full[at.stage()].arrive();
+      // What remains to be done takes a third of the time: the next states, or B and C, come meanwhile.
+      storage.empty[at.stage()].arrive();
+      if (at.units() + kDxGroups >= end) storage.group_empty.arrive();
+      float E[kOwnColumns / 2];
+      // The other block has read what was sent to this stage before: what it made of that was waited for above.
+      storage.exchange.share(I, E, at.stage());
+      storage.exchange.complete(E, at.stage(), at.parity());
       keep_in_place(E);
-      storage.P_full.wait(at.parity_of_units());
+      // The first one of this block's columns, in steps of 16.
+      const int first_step = part_now() * (kOwnColumns / 16);
+      storage.P_full[index].wait(at.parity_of_dx_group());
       {
-        const unsigned P = operand(shared_address(storage.P), 0);
-        const unsigned dy = operand(shared_address(own.dy) + columns.first() * sizeof(Element), 0);
+        const unsigned P = operand_at(storage.P, 0), other = operand_at(dy + first_step * 16 * sizeof(Element), 0);
         products_begin();
 #pragma unroll
         for (int k = 0; k < kTile / 16; ++k) {
-          Product<kDxColumns>::template of_shared<kAlongRows, kAcrossRows>(E, P + along_k(k, 0), dy + across_k(k), 1);
+          Product<kOwnColumns>::template of_shared<kAlongRows, kAcrossRows>(E, P + along_k(k, 0), other + across_k(k), 1);
         }
         end_of_products();
       }
+      const int lane = lane_now();
+      Rows<kOwnColumns / 16> rows;
+      load_rows<kOwnColumns / 16>(rows, dy, warp, lane, first_step);
       // Before the rows of dX are written: the copy from there of the unit before.
-      if (index == 0 && lane_now() == 0) wait_for_bulk_reads<0>();
-      synchronize_rows();
+      if (lane == 0) wait_for_bulk_reads<0>();
+      __syncwarp();
       wait_for_products<0>();
       keep_in_place(E);
       storage.P_empty.arrive();
-      const int lane = lane_now();
       const Token *tokens = vectors.tokens + 16 * warp + lane / 4;
       const float dt[2] = {tokens[0].dt, tokens[8].dt};
-      columns.each_block(own.dy, warp, lane, [&](int j, unsigned (&words)[4]) {
+#pragma unroll
+      for (int k = 0; k < kOwnColumns / 16; ++k) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float *own_D = vectors.D + columns.first() + 8 * (j + i / 2) + 2 * (lane % 4);
-          const float2 D = *reinterpret_cast<const float2 *>(own_D);
-          const float *own_E = E + 4 * j + 2 * i;
-          words[i] = join(fmaf(dt[i % 2], own_E[0], D.x * low(words[i], Element())),
-                          fmaf(dt[i % 2], own_E[1], D.y * high(words[i], Element())), Element());
+          const int column = 16 * (first_step + k) + 8 * (i / 2) + 2 * (lane % 4);
+          const float2 D = *reinterpret_cast<const float2 *>(vectors.D + column);
+          const float *own_E = E + 8 * k + 2 * i;
+          rows[k][i] = join(fmaf(dt[i % 2], own_E[0], D.x * low(rows[k][i], Element())),
+                            fmaf(dt[i % 2], own_E[1], D.y * high(rows[k][i], Element())), Element());
         }
-        const int chunk = columns.first() / 8 + j + lane / 16;
-        store_blocks(shared_address(storage.dx) + slab_offset(16 * warp + lane % 16, chunk), words);
-      });
-      storage.empty[at.stage()].arrive();
+        store_blocks(shared_address(own_dx(storage, index)) + block_of_rows(warp, lane, step_in_dx(index) + k), rows[k]);
+      }
+      storage.kept_empty[at.kept_stage()].arrive();
       at.advance();
       publish_to_products();
-      synchronize_rows();
-      if (index > 0) return;
+      __syncwarp();
       // A tile's rows past its tokens are another's, or lie past the sequence's end, where bulk copies end too.
       const int first = slice * p.ssd.slice_step;
-      const bool in_boxes = kHeaddim == kSlabColumns && (tile.size == kTile || tile.begin + tile.size == p.ssd.seqlen);
+      const bool in_boxes =
+          kOwnColumns == kSlabColumns && (tile.size == kTile || tile.begin + tile.size == p.ssd.seqlen);
+      const unsigned char *rows_of_dx = own_dx(storage, index);
       if (__builtin_expect(in_boxes, 1)) {
         if (lane_now() == 0) {
-          store_box(mapped.dx, first, head, tile.begin + 16 * warp, static_cast<int>(work.b),
-                    storage.dx + 16 * warp * kSlabRowBytes);
+          store_box(mapped.dx, first, head, tile.begin + 16 * warp, work.b, rows_of_dx + 16 * warp * kSlabRowBytes);
         }
       } else {
-        constexpr int kChunks = kHeaddim / 8;
+        constexpr int kChunks = kOwnColumns / 8;
         const int chunks = min(kHeaddim, p.ssd.headdim - first) / 8;
-        Element *dx = static_cast<Element *>(p.dx.data) + unknown(static_cast<int>(work.b)) * p.dx.stride[0] +
+        Element *dx = static_cast<Element *>(p.dx.data) + unknown(work.b) * p.dx.stride[0] +
                       unknown(tile.begin) * p.dx.stride[1] + head * p.dx.stride[2] + first;
 #pragma unroll 1
         for (int i = lane_now(); i < 16 * kChunks; i += kWarp) {
-          const int t = 16 * warp + i / kChunks, chunk = i % kChunks;
-          const uint4 words = *reinterpret_cast<const uint4 *>(storage.dx + slab_offset(t, chunk));
-          if (t < tile.size && chunk < chunks) *reinterpret_cast<uint4 *>(dx + t * p.dx.stride[1] + 8 * chunk) = words;
+          const int t = 16 * warp + i / kChunks, own_chunk = i % kChunks, chunk = part_now() * kChunks + own_chunk;
+          const unsigned char *words = rows_of_dx + slab_offset(t, 2 * step_in_dx(index) + own_chunk);
+          if (t < tile.size && chunk < chunks) {
+            *reinterpret_cast<uint4 *>(dx + t * p.dx.stride[1] + 8 * chunk) = *reinterpret_cast<const uint4 *>(words);
+          }
         }
+        __syncwarp();
       }
     });
-    storage.group_empty.arrive();
-  }
-  if (index == 0 && threadIdx.x % kWarp == 0) wait_for_bulk_reads<0>();
+    at.end_tile();
+  });
+  if (threadIdx.x % kWarp == 0) wait_for_bulk_reads<0>();
 }
 
-// Of products of 16 rows and 16 columns, in two accumulators, what a lane has on their diagonal: of row lane / 4, and of the
-// one 8 rows on; zeros if it has nothing of it.
-__device__ __forceinline__ float2 diagonal_of(const float (&left)[4], const float (&right)[4]) {
-  const int lane = lane_now();
-  if (lane / 8 != lane % 4) return make_float2(0.0f, 0.0f);
-  const bool odd = lane / 4 % 2;
-  return make_float2(odd ? left[1] : left[0], odd ? right[3] : right[2]);
-}
-
-// dD of a warp's 16 columns, <G, H> of as many rows of the states: diagonals of dY^T X and of G H^T.
-__device__ __forceinline__ float2 multiply_inputs(const Unit &own, int warp) {
-  const Blocks dy(reinterpret_cast<const Element *>(own.dy), kSlabColumns, Order::ALONG);
-  const Blocks x(reinterpret_cast<const Element *>(own.x), kSlabColumns);
+// A product of 16 rows and 16 columns. What is on its diagonal 8 lanes have, each of row lane / 4 and of the one 8 rows on.
+struct Square {
   float left[4] = {}, right[4] = {};
-#pragma unroll
-  for (int t = 0; t < kTile; t += 16) {
-    const Block a = dy.load_transposed(t, 16 * warp), b = x.load_transposed(t, 16 * warp);
+
+  __device__ __forceinline__ void add(const Block &a, const Block &b) {
     mma(left, a.word, b.word[0], b.word[1], Element());
     mma(right, a.word, b.word[2], b.word[3], Element());
   }
-  return diagonal_of(left, right);
-}
+
+  __device__ static __forceinline__ bool has_diagonal(int lane) { return lane / 8 == lane % 4; }
+  __device__ __forceinline__ float2 diagonal(int lane) const {
+    const bool odd = lane / 4 % 2;
+    return make_float2(odd ? left[1] : left[0], odd ? right[3] : right[2]);
+  }
+};
+
+// <G, H> of a warp's 16 rows, where a lane has something on the diagonal of G H^T.
 __device__ __forceinline__ float multiply_states(const Unit &own, int warp) {
-  float left[4] = {}, right[4] = {};
-#pragma unroll
-  for (int slab = 0; slab < kSlabsOfB; ++slab) {
+  if (16 * warp >= kHeaddim) return 0.0f;
+  Square square;
+#pragma unroll 1
+  for (int slab = 0; slab < kSlabsOfPart; ++slab) {
     const Blocks G(reinterpret_cast<const Element *>(own.G + slab * kStateSlabBytes), kSlabColumns);
     const Blocks H(reinterpret_cast<const Element *>(own.H + slab * kStateSlabBytes), kSlabColumns, Order::ALONG);
 #pragma unroll
-    for (int column = 0; column < kSlabColumns; column += 16) {
-      const Block a = G.load(16 * warp, column), b = H.load(16 * warp, column);
-      mma(left, a.word, b.word[0], b.word[1], Element());
-      mma(right, a.word, b.word[2], b.word[3], Element());
-    }
+    for (int column = 0; column < kSlabColumns; column += 16) square.add(G.load(16 * warp, column), H.load(16 * warp, column));
   }
-  const float2 sums = diagonal_of(left, right);
-  float sum[1] = {sums.x + sums.y};
-  warp_sum(sum);
-  return sum[0];
+  const float2 diagonal = square.diagonal(lane_now());
+  return diagonal.x + diagonal.y;
 }
 
-// dC and dB; <G, H> and dD.
-__device__ __forceinline__ void sum_outer(const Work &work, Storage &storage) {
+// dC and dB; <G, H>.
+__device__ __forceinline__ void sum_outer(Work &work, Storage &storage) {
   const OxiSsdBackward &p = work.p;
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / kWarp % 4, 0);
   UnitPosition at;
-  bool is_first = true;
-  for (Span tile = work.first(); tile.size > 0; tile = work.after(tile), at.end_tile(), is_first = false) {
+  work.each_tile([&](const Span &tile) __attribute__((always_inline)) {
     float dC[kColumns / 2], dB[kColumns / 2];
 #pragma unroll
     for (int i = 0; i < kColumns / 2; ++i) dC[i] = dB[i] = 0.0f;
-    work.each_unit([&](int head, int slice) __attribute__((always_inline)) {
+    work.each_unit([&](int, int) __attribute__((always_inline)) {
       storage.full[at.stage()].wait(at.parity());
       const Unit &own = storage.units[at.stage()];
-      const UnitVectors &vectors = storage.vectors[at.stage()];
-      const auto add = [&](float (&sums)[kColumns / 2], const unsigned char *rows, const uint2 *factors_of_rows,
-                           const unsigned char *state) __attribute__((always_inline)) {
-        const int lane = lane_now(), row = 16 * warp + lane / 4;
+      const UnitVectors &vectors = storage.vectors[at.kept_stage()];
+      Rows<kHeaddimSteps> scaled;
+      const auto load = [&](const unsigned char *rows, const uint2 *factors_of_rows, int lane) __attribute__((always_inline)) {
+        const int row = 16 * warp + lane / 4;
         const uint2 factors[2] = {factors_of_rows[row], factors_of_rows[row + 8]};
-        const unsigned other = operand(shared_address(state) + work.first_slab() * kStateSlabBytes, kStateSlabBytes);
-        // At a time, as there are registers.
-        constexpr int kSteps = kDstate == 256 ? 2 : 4;
+        load_rows<kHeaddimSteps>(scaled, rows, warp, lane);
 #pragma unroll
-        for (int first = 0; first < kHeaddimSteps; first += kSteps) {
-          unsigned scaled[kSteps][4];
+        for (int k = 0; k < kHeaddimSteps; ++k) {
 #pragma unroll
-          for (int k = 0; k < kSteps; ++k) {
-            if (first + k >= kHeaddimSteps) {
-#pragma unroll
-              for (int i = 0; i < 4; ++i) scaled[k][i] = 0;
-              continue;
-            }
-            const int chunk = 2 * (first + k) + lane / 16;
-            load_blocks(scaled[k], shared_address(rows) + slab_offset(16 * warp + lane % 16, chunk));
-#pragma unroll
-            for (int i = 0; i < 4; ++i) scaled[k][i] = scale(scaled[k][i], factors[i % 2], Element());
-          }
-          products_begin();
-#pragma unroll
-          for (int k = 0; k < kSteps; ++k) {
-            if (first + k >= kHeaddimSteps) break;
-            Product<kColumns>::template of_registers<kAcrossRows>(sums, scaled[k], other + across_k(first + k), 1);
-          }
-          end_of_products();
-          wait_for_products<0>();
-          keep_in_place(sums);
+          for (int i = 0; i < 4; ++i) scaled[k][i] = scale(scaled[k][i], factors[i % 2], Element());
         }
       };
+      const auto add = [&](float (&sums)[kColumns / 2], const unsigned char *state) __attribute__((always_inline)) {
+        const unsigned other = operand_at(state, kStateSlabBytes);
+        products_begin();
+#pragma unroll
+        for (int k = 0; k < kHeaddimSteps; ++k) {
+          Product<kColumns>::template of_registers<kAcrossRows>(sums, scaled[k], other + across_k(k), 1);
+        }
+        end_of_products();
+      };
+      load(storage.dy[at.kept_stage()], vectors.factors[0], lane_now());
       storage.states_full[at.stage()].wait(at.parity());
-      add(dC, own.dy, vectors.factors[0], own.H);
-      add(dB, own.x, vectors.factors[1], own.G);
-      if (work.has_all()) {
-        float GH = 0.0f, dD = 0.0f;
-        if (16 * warp < kHeaddim) {
-          GH = vectors.over_tile * multiply_states(own, warp);
-          if (p.dD_columns > 0) {
-            const float2 sums = multiply_inputs(own, warp);
-            if (p.dD_columns == 1) {
-              float sum[1] = {sums.x + sums.y};
-              warp_sum(sum);
-              dD = sum[0];
-            } else if (lane_now() / 8 == lane_now() % 4) {
-              const int row = slice * p.ssd.slice_step + 16 * warp + lane_now() / 4;
-              const int column = 2 * p.ssd.nheads + head * p.dD_columns + row;
-              if (row < p.ssd.headdim) work.add(column, is_first, sums.x);
-              if (row + 8 < p.ssd.headdim) work.add(column + 8, is_first, sums.y);
-            }
-          }
-        }
-        storage.results_empty[at.stage()].wait(at.parity() ^ 1);
-        if (lane_now() == 0) {
-          storage.results[at.stage()].by_warp[warp] = GH;
-          storage.results[at.stage()].by_warp[4 + warp] = dD;
-        }
-        storage.results_full[at.stage()].arrive();
+      add(dC, own.H);
+      const float GH = vectors.over_tile * multiply_states(own, warp);
+      wait_for_products<0>();
+      keep_in_place(dC);
+      load(own.x, vectors.factors[1], lane_now() + keep_until_here(scaled));
+      add(dB, own.G);
+      const int lane = lane_now();
+      wait_for_parts(storage.results_empty[at.stage()], at.parity() ^ 1);
+      if (Square::has_diagonal(lane)) {
+        float &to = storage.results[at.stage()].GH[part_now()][8 * warp + lane / 4];
+        put(to, GH, storage.results_full[at.stage()]);
       }
+      if (work.has_whole()) storage.results_full[at.stage()].arrive();
+      wait_for_products<0>();
+      keep_in_place(dB);
       storage.empty[at.stage()].arrive();
       at.advance();
     });
     storage.group_full.wait(at.parity_of_tiles());
     storage.dCB_full.wait(at.parity_of_tiles());
-    const unsigned dCB = operand(shared_address(storage.P), 0);
-    const auto columns = [&](const unsigned char *slabs) {
-      return operand(shared_address(slabs) + work.first_slab() * kSlabBytes, kSlabBytes);
-    };
-    const unsigned B = columns(storage.B), C = columns(storage.C);
+    const unsigned dCB = operand_at(storage.P, 0);
+    const unsigned B = operand_at(storage.B, kSlabBytes), C = operand_at(storage.C, kSlabBytes);
     products_begin();
 #pragma unroll
     for (int k = 0; k < kTile / 16; ++k) {
       Product<kColumns>::template of_shared<kAcrossRows, kAcrossRows>(dC, dCB + across_k(k), B + across_k(k), 1);
-    }
-    end_of_products();
-    wait_for_products<0>();
-    keep_in_place(dC);
-    products_begin();
-#pragma unroll
-    for (int k = 0; k < kTile / 16; ++k) {
       Product<kColumns>::template of_shared<kAlongRows, kAcrossRows>(dB, dCB + along_k(k, 0), C + across_k(k), 1);
     }
     end_of_products();
     wait_for_products<0>();
+    keep_in_place(dC);
     keep_in_place(dB);
     storage.dCB_empty.arrive();
     storage.group_empty.arrive();
     const auto store = [&](const OxiTensor4 &tensor, const float (&sums)[kColumns / 2]) __attribute__((always_inline)) {
       const int lane = lane_now(), row = 16 * warp + lane / 4;
-      Element *to = static_cast<Element *>(tensor.data) + unknown(static_cast<int>(work.b)) * tensor.stride[0] +
+      Element *to = static_cast<Element *>(tensor.data) + unknown(work.b) * tensor.stride[0] +
                     unknown(work.group) * tensor.stride[2] + unknown(tile.begin + row) * tensor.stride[1] +
                     work.first_slab() * kSlabColumns + 2 * (lane % 4);
 #pragma unroll
@@ -784,7 +944,8 @@ __device__ __forceinline__ void sum_outer(const Work &work, Storage &storage) {
     };
     store(p.dC, dC);
     store(p.dB, dB);
-  }
+    at.end_tile();
+  });
 }
 
 // By one warp: zeros.
@@ -796,9 +957,9 @@ __device__ __forceinline__ void clear(unsigned char *from, int bytes) {
 }
 
 // By one warp: copies.
-__device__ __forceinline__ void load_units(const OxiSsdBackwardMapped &mapped, const Work &work, Storage &storage) {
+__device__ __forceinline__ void load_units(const OxiSsdBackwardMapped &mapped, Work &work, Storage &storage) {
   const OxiSsdBackward &p = work.p;
-  const int lane = threadIdx.x % kWarp, b = static_cast<int>(work.b);
+  const int lane = threadIdx.x % kWarp;
   UnitPosition at;
   unsigned landed_parity = 0;
   const auto wait_for_copies = [&]() {
@@ -807,10 +968,10 @@ __device__ __forceinline__ void load_units(const OxiSsdBackwardMapped &mapped, c
     storage.landed.wait(landed_parity);
     landed_parity ^= 1;
   };
-  for (Span tile = work.first(); tile.size > 0; tile = work.after(tile), at.end_tile()) {
+  work.each_tile([&](const Span &tile) __attribute__((always_inline)) {
     const Work::Source source = work.source(tile);
     const Span other = work.other(tile, source);
-    const int entry = source == Work::kFindsH ? entry_slot(p, work.b, other) : entry_slot(p, work.b, tile);
+    const int entry = source == Work::kFindsH ? entry_slot(p.ssd, work.b, other) : entry_slot(p.ssd, work.b, tile);
     const int exit = source == Work::kFindsG ? exit_slot(p, other) : exit_slot(p, tile);
     const OxiTensorMap &other_rows = source == Work::kFindsG ? mapped.dy : mapped.x;
     const OxiTensorMap &other_columns = source == Work::kFindsG ? mapped.C : mapped.B;
@@ -824,20 +985,20 @@ __device__ __forceinline__ void load_units(const OxiSsdBackwardMapped &mapped, c
       storage.group_empty.wait(at.parity_of_tiles() ^ 1);
       Barrier &arrived = is_cut ? storage.landed : storage.group_full;
       if (lane == 0) {
-        arrived.expect((source == Work::kSlots ? 2 : 3) * kSlabsOfB * kSlabBytes);
+        arrived.expect((source == Work::kSlots ? 2 : 3) * kSlabsOfPart * kSlabBytes);
 #pragma unroll 1
-        for (int slab = 0; slab < kSlabsOfB; ++slab) {
-          const int at = slab * kSlabBytes, column = slab * kSlabColumns;
-          copy_box(storage.B + at, mapped.B, column, work.group, tile.begin, b, arrived);
-          copy_box(storage.C + at, mapped.C, column, work.group, tile.begin, b, arrived);
+        for (int slab = 0; slab < kSlabsOfPart; ++slab) {
+          const int at = slab * kSlabBytes, column = (work.first_slab() + slab) * kSlabColumns;
+          copy_box(storage.B + at, mapped.B, column, work.group, tile.begin, work.b, arrived);
+          copy_box(storage.C + at, mapped.C, column, work.group, tile.begin, work.b, arrived);
           if (source != Work::kSlots) {
-            copy_box(storage.other + at, other_columns, column, work.group, other.begin, b, arrived);
+            copy_box(storage.other + at, other_columns, column, work.group, other.begin, work.b, arrived);
           }
         }
       }
       if (is_cut) {
         wait_for_copies();
-        for (int slab = 0; slab < kSlabsOfB; ++slab) {
+        for (int slab = 0; slab < kSlabsOfPart; ++slab) {
           clear_past(storage.B + slab * kSlabBytes, tile);
           clear_past(storage.C + slab * kSlabBytes, tile);
           clear_past(storage.other + slab * kSlabBytes, other);
@@ -846,24 +1007,23 @@ __device__ __forceinline__ void load_units(const OxiSsdBackwardMapped &mapped, c
       }
       storage.group_full.arrive();
     };
-    load_group();
+    bool has_group = false;
     work.each_unit([&](int head, int slice) __attribute__((always_inline)) {
       storage.empty[at.stage()].wait(at.parity() ^ 1);
+      storage.kept_empty[at.kept_stage()].wait(at.kept_parity() ^ 1);
       Unit &own = storage.units[at.stage()];
+      unsigned char *dy = storage.dy[at.kept_stage()];
       Barrier &arrived = is_cut ? storage.landed : storage.full[at.stage()];
       if (lane == 0) {
         const int first = slice * p.ssd.slice_step;
-        // Of states no more than what is needed.
-        const int begin = work.first_slab() * kStateSlabBytes;
-        const int bytes = kStateBytes - begin;
-        arrived.expect((source == Work::kSlots ? 2 : 3) * kSlabBytes + ((entry >= 0) + (exit >= 0)) * bytes);
-        copy_box(own.x, mapped.x, first, head, tile.begin, b, arrived);
-        copy_box(own.dy, mapped.dy, first, head, tile.begin, b, arrived);
-        if (source != Work::kSlots) copy_box(own.other, other_rows, first, head, other.begin, b, arrived);
+        arrived.expect((source == Work::kSlots ? 2 : 3) * kSlabBytes + ((entry >= 0) + (exit >= 0)) * kStateBytes);
+        copy_box(own.x, mapped.x, first, head, tile.begin, work.b, arrived);
+        copy_box(dy, mapped.dy, first, head, tile.begin, work.b, arrived);
+        if (source != Work::kSlots) copy_box(own.other, other_rows, first, head, other.begin, work.b, arrived);
         const auto copy_state = [&](unsigned char *to, bool of_gradients, int slot) {
           if (slot < 0) return;
-          const long long index = state_index(p, of_gradients, work.b, slot, head, slice);
-          copy_bytes(to + begin, static_cast<const unsigned char *>(p.states) + index * kStateBytes + begin, bytes, arrived);
+          const unsigned char *from = in_slot(p, of_gradients, work.b, slot, head, slice, kParts * kStateBytes);
+          copy_bytes(to, from + part_now() * kStateBytes, kStateBytes, arrived);
         };
         copy_state(own.G, true, exit);
         copy_state(own.H, false, entry);
@@ -873,28 +1033,32 @@ __device__ __forceinline__ void load_units(const OxiSsdBackwardMapped &mapped, c
       if (is_cut) {
         wait_for_copies();
         clear_past(own.x, tile);
-        clear_past(own.dy, tile);
+        clear_past(dy, tile);
         clear_past(own.other, other);
       }
       if (is_cut || entry < 0 || exit < 0) publish_to_products();
       storage.full[at.stage()].arrive();
       at.advance();
+      // After the first unit, as the tile before may need its own for longer.
+      if (!has_group) load_group();
+      has_group = true;
     });
-  }
+    at.end_tile();
+  });
 }
 
 // By one warp: what dt and A make of each unit, from what the walks have left.
-__device__ __forceinline__ void keep_time(const Work &work, Storage &storage) {
+__device__ __forceinline__ void keep_time(Work &work, Storage &storage) {
   const OxiSsd &p = work.p.ssd;
   const int lane = threadIdx.x % kWarp;
   const long long tokens = static_cast<long long>(work.p.batch) * p.nheads * p.seqlen;
   UnitPosition at;
-  for (Span tile = work.first(); tile.size > 0; tile = work.after(tile)) {
+  work.each_tile([&](const Span &tile) __attribute__((always_inline)) {
     const Work::Source source = work.source(tile);
     const Span other = source == Work::kSlots ? tile : work.other(tile, source);
     work.each_unit([&](int head, int slice) __attribute__((always_inline)) {
       // While the stage is not free yet. Of a lane's two tokens; past a tile's, dt is 0 and l that of its last one.
-      const float *line = work.p.tokens + (work.b * p.nheads + head) * p.seqlen;
+      const float *line = work.p.tokens + (static_cast<long long>(work.b) * p.nheads + head) * p.seqlen;
       float dt[2], l[2], slope[2], other_dt[2], other_l[2], D[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -912,7 +1076,8 @@ __device__ __forceinline__ void keep_time(const Work &work, Storage &storage) {
                    : load_either<Element>(p.D.data, head * p.D.stride[0] + row * p.D.stride[1], p.wide_D);
       }
       storage.empty[at.stage()].wait(at.parity() ^ 1);
-      UnitVectors &vectors = storage.vectors[at.stage()];
+      storage.kept_empty[at.kept_stage()].wait(at.kept_parity() ^ 1);
+      UnitVectors &vectors = storage.vectors[at.kept_stage()];
       const float total = __shfl_sync(kAllLanes, l[1], kWarp - 1);
       *reinterpret_cast<float2 *>(vectors.l + by_column(2 * lane)) = make_float2(l[0], l[1]);
 #pragma unroll
@@ -938,51 +1103,93 @@ __device__ __forceinline__ void keep_time(const Work &work, Storage &storage) {
       storage.full[at.stage()].arrive();
       at.advance();
     });
-  }
+  });
+}
+
+// By one warp: dD, the diagonal of dY^T X.
+__device__ __forceinline__ void sum_dD(Work &work, Storage &storage) {
+  const OxiSsdBackward &p = work.p;
+  UnitPosition at;
+  work.each_tile([&](const Span &) __attribute__((always_inline)) {
+    work.each_unit([&](int head, int slice) __attribute__((always_inline)) {
+      storage.full[at.stage()].wait(at.parity());
+      const int lane = lane_now();
+      float sum = 0.0f;
+      if (p.dD_columns > 0) {
+        const Blocks dy(reinterpret_cast<const Element *>(storage.dy[at.kept_stage()]), kSlabColumns, Order::ALONG);
+        const Blocks x(reinterpret_cast<const Element *>(storage.units[at.stage()].x), kSlabColumns);
+#pragma unroll 1
+        for (int row = 0; row < kHeaddim; row += 16) {
+          Square square;
+#pragma unroll
+          for (int t = 0; t < kTile; t += 16) square.add(dy.load_transposed(t, row), x.load_transposed(t, row));
+          const float2 diagonal = square.diagonal(lane);
+          sum += diagonal.x + diagonal.y;
+          if (p.dD_columns > 1 && Square::has_diagonal(lane)) {
+            const int first = slice * p.ssd.slice_step + row + lane / 4;
+            const int column = 2 * p.ssd.nheads + head * p.dD_columns + first;
+            if (first < p.ssd.headdim) work.add(column, diagonal.x);
+            if (first + 8 < p.ssd.headdim) work.add(column + 8, diagonal.y);
+          }
+        }
+      }
+      storage.results_empty[at.stage()].wait(at.parity() ^ 1);
+      if (Square::has_diagonal(lane)) storage.results[at.stage()].dD[lane / 4] = sum;
+      storage.results_full[at.stage()].arrive();
+      storage.empty[at.stage()].arrive();
+      at.advance();
+    });
+  });
 }
 
 // By one warp: da, ddt, and what the tiles add to dA and ddt_bias.
-__device__ __forceinline__ void finish_heads(const Work &work, Storage &storage) {
+__device__ __forceinline__ void finish_heads(Work &work, Storage &storage) {
   const OxiSsdBackward &params = work.p;
   const OxiSsd &p = params.ssd;
   const int lane = threadIdx.x % kWarp;
   UnitPosition at;
-  bool is_first = true;
-  for (Span tile = work.first(); tile.size > 0; tile = work.after(tile), is_first = false) {
+  const auto finish = [&](const Span &tile) __attribute__((always_inline)) {
 #pragma unroll 1
     for (int i = 0; i < work.heads(); ++i) {
       const int head = work.first_head() + i;
       float2 dl = {}, EX = {}, q = {}, dt, slope;
-      float by_warp = 0.0f;
+      float by_lane[2] = {};
       const auto pair = [&](const float *values) { return *reinterpret_cast<const float2 *>(values + 2 * lane); };
       const auto add = [](float2 &sum, float2 value) { sum.x += value.x, sum.y += value.y; };
 #pragma unroll 1
       for (int slice = 0; slice < p.slices; ++slice) {
         const int stage = at.stage();
-        storage.results_full[stage].wait(at.parity());
+        wait_for_parts(storage.results_full[stage], at.parity());
         const Results &results = storage.results[stage];
 #pragma unroll
         for (int warp = 0; warp < 4; ++warp) add(dl, pair(results.K_rows[warp]));
         const float2 columns = pair(results.K_columns);
-        float2 own_q = pair(results.q[0]);
-        add(own_q, pair(results.q[1]));
+        float2 own_q = pair(results.of_states[1][0]);
         dt = pair(results.dt);
         slope = pair(results.slope);
         add(dl, make_float2(-dt.x * columns.x, -dt.y * columns.y));
-        add(dl, pair(results.r[0]));
-        add(dl, pair(results.r[1]));
+        add(dl, pair(results.of_states[0][0]));
+        if constexpr (kParts > 1) {
+          add(own_q, pair(results.of_states[1][1]));
+          add(dl, pair(results.of_states[0][1]));
+          by_lane[0] += results.GH[1][lane];
+        }
         add(EX, pair(results.PM));
         add(EX, own_q);
         add(q, make_float2(dt.x * own_q.x, dt.y * own_q.y));
-        if (lane < 8) by_warp += results.by_warp[lane];
+        by_lane[0] += results.GH[0][lane];
+        if (lane < 8) by_lane[1] += results.dD[lane];
         storage.results_empty[stage].arrive();
+        if constexpr (kParts > 1) {
+          __syncwarp();
+          if (lane == 0) storage.results_empty[stage].arrive_in(1);
+        }
         at.advance();
       }
       // Under way during the sums over lanes.
       const float A = load_either<Element>(p.A.data, head * p.A.step, p.A.dtype == OXI_F32);
-      float totals[1] = {by_warp};
-      warp_sum(totals, 4);
-      const float GH = __shfl_sync(kAllLanes, totals[0], 0), dD = __shfl_sync(kAllLanes, totals[0], 4);
+      warp_sum(by_lane);
+      const float GH = by_lane[0], dD = by_lane[1];
       // Of dl over this lane's tokens and all later lanes', of q over this lane's and all earlier ones'.
       float after = dl.x + dl.y, before = q.x + q.y;
 #pragma unroll
@@ -1002,7 +1209,7 @@ __device__ __forceinline__ void finish_heads(const Work &work, Storage &storage)
         const int t = 2 * lane + j;
         if (t >= tile.size) continue;
         const float ddt = j == 0 ? (EX.x + A * da[0]) * slope.x : (EX.y + A * da[1]) * slope.y;
-        const long long offset = unknown(static_cast<int>(work.b)) * params.ddt.stride[0] +
+        const long long offset = unknown(work.b) * params.ddt.stride[0] +
                                  (tile.begin + t) * params.ddt.stride[1] + head * params.ddt.stride[2];
         store_scalar(params.ddt.data, params.wide_ddt ? OXI_F32 : kDtype<Element>, offset, ddt);
         sums[0] = fmaf(j == 0 ? dt.x : dt.y, da[j], sums[0]);
@@ -1010,29 +1217,39 @@ __device__ __forceinline__ void finish_heads(const Work &work, Storage &storage)
       }
       warp_sum(sums);
       if (lane == 0) {
-        work.add(head, is_first, sums[0]);
-        work.add(p.nheads + head, is_first, sums[1]);
-        if (params.dD_columns == 1) work.add(2 * p.nheads + head, is_first, dD);
+        work.add(head, sums[0]);
+        work.add(p.nheads + head, sums[1]);
+        if (params.dD_columns == 1) work.add(2 * p.nheads + head, dD);
       }
     }
-  }
-  if (!is_first) return;
-  for (int i = lane; i < work.heads(); i += kWarp) {
-    const int head = work.first_head() + i;
-    *work.partial(head) = *work.partial(p.nheads + head) = 0.0f;
-  }
-  const int first = 2 * p.nheads + work.first_head() * params.dD_columns;
-  for (int i = lane; i < work.heads() * params.dD_columns; i += kWarp) *work.partial(first + i) = 0.0f;
+  };
+  work.each_tile(finish, [&]() __attribute__((always_inline)) {
+#pragma unroll 1
+    for (int i = lane; i < work.heads(); i += kWarp) {
+      const int head = work.first_head() + i;
+      *work.partial(head) = *work.partial(p.nheads + head) = 0.0f;
+    }
+    const int first = 2 * p.nheads + work.first_head() * params.dD_columns;
+#pragma unroll 1
+    for (int i = lane; i < work.heads() * params.dD_columns; i += kWarp) *work.partial(first + i) = 0.0f;
+  });
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, 1)
+#if DSTATE > 128
+#define OXI_CLUSTER __cluster_dims__(kParts, 1, 1)
+#else
+#define OXI_CLUSTER
+#endif
+
+extern "C" __global__ void OXI_CLUSTER __launch_bounds__(kThreads, 1)
     KERNEL(const __grid_constant__ OxiSsdBackwardMapped mapped) {
   extern __shared__ __align__(1024) unsigned char shared[];
   Storage &storage = *reinterpret_cast<Storage *>(shared);
-  const Work work = Work::of(mapped.bwd);
+  Work work(mapped.bwd);
   if (threadIdx.x == 0) {
     storage.init();
     publish_to_products();
+    if constexpr (kParts > 1) publish_barriers();
   }
   if (threadIdx.x == kWarp) {
     prefetch_map(mapped.x);
@@ -1042,7 +1259,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     prefetch_map(mapped.dx);
   }
   wait_for_earlier_work();
-  __syncthreads();
+  if constexpr (kParts == 1) {
+    __syncthreads();
+  } else {
+    synchronize_cluster();
+  }
   // The same for a warp, which the compiler has to know of products.
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0);
   if (warp < 4) {
@@ -1056,10 +1277,19 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     sum_outer(work, storage);
   } else {
     change_registers<kOtherRegisters, kRegisters>();
-    if (warp == 16) load_units(mapped, work, storage);
-    if (warp == 17) keep_time(work, storage);
-    if (warp == 18 && work.has_all()) finish_heads(work, storage);
+    if (warp == 16) {
+      load_units(mapped, work, storage);
+    } else if (warp == 17) {
+      keep_time(work, storage);
+    } else if (work.has_whole()) {
+      if (warp == 18) {
+        sum_dD(work, storage);
+      } else {
+        finish_heads(work, storage);
+      }
+    }
   }
+  if constexpr (kParts > 1) synchronize_cluster();
 }
 
 }  // namespace oxi

@@ -7,7 +7,8 @@
 //   in reverse, from the final state's gradient:   G' = 2^l[end] G + dY^T diag(2^l) C
 //
 // Before a step H, or G, is rounded and goes to a slot, if not to a boundary that an odd tile begins at, counted from where a
-// run or segment begins; dinitial_states is the G that comes before a run.
+// run or segment begins; dinitial_states is the G that comes before a run. Where the forward has kept H, all walks are in
+// reverse.
 //
 // Grid: a block has one direction over a segment of a sequence, for one head, or for a slice of it (kHeaddim rows of the
 // state). Warpgroups and the ring: ssd_wgmma.cuh, but that in reverse the ring has dY, C and 2^l in place of X, B and
@@ -67,7 +68,7 @@ struct TilesOfWalk : Span {
   const StateWalkOf &walk;
 };
 
-// By one warp: what dt and A make of a tile's tokens, of which a lane has two. The walk forward leaves it for the tiles too.
+// By one warp: what dt and A make of a tile's tokens, of which a lane has two. It is left for the tiles too.
 __device__ __forceinline__ void discretize(const OxiSsdBackward &params, const StateWalkOf &walk, const Discretize &head,
                                            const Either<Element> (&raw)[2], const Span &tile, Vectors<false> &vectors) {
   const OxiSsd &p = params.ssd;
@@ -80,7 +81,8 @@ __device__ __forceinline__ void discretize(const OxiSsdBackward &params, const S
     if (2 * lane + i >= tile.size) dt[i] = 0.0f;
   }
   const float total = __shfl_sync(kAllLanes, sum_decays(head, dt, l), kWarp - 1);
-  if (!reverse && !p.states_only && walk.slice == 0) {
+  // By one of a head's walks.
+  if (reverse != (params.finds_entry_states != 0) && !p.states_only && walk.slice == 0) {
     const long long tokens = static_cast<long long>(params.batch) * p.nheads * p.seqlen;
     float *line = params.tokens + (walk.b * p.nheads + walk.head) * p.seqlen + tile.begin + 2 * lane;
 #pragma unroll
@@ -190,7 +192,7 @@ class Walker {
   // for the step's products to be under way between them.
   __device__ __forceinline__ int slot(const Span &tile) const {
     if (walk.reverse) return cuts.has_odd_after(tile) ? -1 : exit_slot(p, tile);
-    return cuts.is_odd(tile) ? -1 : entry_slot(p, walk.b, tile);
+    return cuts.is_odd(tile) ? -1 : entry_slot(p.ssd, walk.b, tile);
   }
   __device__ __forceinline__ void publish(const State &state) {
     if (elected()) wait_for_bulk_reads<kBuffers - 1>();
@@ -201,8 +203,8 @@ class Walker {
     publish_to_products();
     state.wait_for_warpgroup();
     if (elected()) {
-      const long long index = state_index(p, walk.reverse, walk.b, slot, walk.head, walk.slice);
-      unsigned char *to = static_cast<unsigned char *>(p.states) + index * (kStateGroups * kPartBytes) + part;
+      constexpr int kBytes = kStateGroups * kPartBytes;
+      unsigned char *to = in_slot(p, walk.reverse, walk.b, slot, walk.head, walk.slice, kBytes) + part;
       store_bytes(to, storage.state[buffer] + part, kPartBytes);
     }
     buffer = (buffer + 1) % kBuffers;

@@ -10,6 +10,9 @@
 //
 // With dout, of a backward: dz = dout Y silu'(z) and out = dout silu(z), the gradient of Y.
 //
+// For a backward, the H that enter even tiles, counted from where a run or segment begins, go to slots of entry_states as they
+// are in shared memory, by bulk copies of the outputs' warpgroups (ssd_bwd.cuh).
+//
 // Grid: a block has a segment of a sequence, for one head, or for a slice of it (kHeaddim rows of the state).
 // Warpgroups, each with a part of the work, a tile or more apart from one another; states and loads are ssd_wgmma.cuh's:
 //
@@ -152,6 +155,16 @@ __device__ __forceinline__ void backpropagate_gate(const OxiSsd &p, const Walk &
   }
 }
 
+// Of a state as it is kept.
+constexpr int kKeptBytes = kSlabsOfB * kStateSlabBytes;
+
+// By one thread: the state that enters a tile, for a backward.
+__device__ __forceinline__ void keep_state(const OxiSsd &p, const Walk &walk, const Span &tile, const unsigned char *state) {
+  const int slot = entry_slot(p, walk.b, tile);
+  if (slot < 0) return;
+  store_bytes(in_entry_slot(p, walk.b, slot, walk.head, walk.slice, kKeptBytes), state, kKeptBytes);
+}
+
 __device__ __forceinline__ void write_outputs(const OxiSsdMapped &mapped, const Walk &walk, Storage &storage, int group) {
   const OxiSsd &p = mapped.ssd;
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / kWarp % 4, 0);
@@ -200,9 +213,12 @@ __device__ __forceinline__ void write_outputs(const OxiSsdMapped &mapped, const 
     storage.state_full[group].wait(state_parity);
     state_parity ^= 1;
     multiply_C<kHeaddim>(Y, held, C, state);
+    const bool keeps = p.keeps_entry_states && !vectors.odd && threadIdx.x % kWarpgroup == 0;
+    if (keeps) keep_state(p, walk, vectors.tile, storage.state[buffer.stage]);
     const float2 entering = *reinterpret_cast<const float2 *>(vectors.entering + 16 * warp + 2 * (lane / 4));
     wait_for_products<0>();
     keep_in_place(Y);
+    if (keeps) wait_for_bulk_reads<0>();
     storage.state_empty[buffer.stage].arrive();
     storage.ring.empty[at.stage].arrive();
     // Y so far decays from the tile's start; D and M's diagonal times x.
@@ -293,10 +309,15 @@ __device__ __forceinline__ void write_outputs(const OxiSsdMapped &mapped, const 
 __device__ __forceinline__ void walk_states(const OxiSsd &p, const Walk &walk, Storage &storage) {
   State state;
   state.clear();
+  const bool has_states = p.entry_states != nullptr && !p.keeps_entry_states;
 #pragma unroll 1
-  for (int part = 0; part < Walk::parts_before(walk.segment); ++part) {
+  for (int part = 0; part < (has_states ? 0 : Walk::parts_before(walk.segment)); ++part) {
     const long long added = walk.of_part(p, part);
     state.pass_segment(p, added * p.slices + walk.slice, p.segment_decays[added]);
+  }
+  if (has_states && walk.begin > 0) {
+    // Of no use, if a run begins there.
+    state.load_rounded(in_entry_slot(p, walk.b, walk.begin / p.slot_tokens, walk.head, walk.slice, kKeptBytes));
   }
   if (walk.begin == 0) state.store_ended(p, walk, 0);
   RingPosition<kOutputGroups> output;

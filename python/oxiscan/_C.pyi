@@ -24,6 +24,7 @@ __all__ = [
     "_cuda_kernels",
     "_panic",
     "_ssd_backward_slot_tokens",
+    "_ssd_keeps_states",
 ]
 
 # x, weight; bias, seq_idx, cu_seqlens, initial_states
@@ -168,6 +169,7 @@ def ssd_forward(
     final_states: Tensor | None,
     varlen_states: Tensor | None,
     segments: Tensor | None,
+    entry_states: Tensor | None,
 ) -> None: ...
 def ssd_backward(
     tensors: _SsdTensors,
@@ -187,10 +189,12 @@ def ssd_backward(
     ddt_bias: Tensor | None,
     dinitial_states: Tensor | None,
     workspaces: _SsdWorkspaces,
+    entry_states: Tensor | None,
 ) -> None: ...
 def _ssd_backward_slot_tokens(
     x: Tensor, dy: Tensor, B: Tensor, C: Tensor, dx: Tensor, dB: Tensor, dC: Tensor
 ) -> int: ...
+def _ssd_keeps_states(x: Tensor, B: Tensor, C: Tensor, z: Tensor | None, out: Tensor) -> bool: ...
 def ssd_varlen_forward(
     tensors: _SsdTensors,
     packing: _ChunkPacking,

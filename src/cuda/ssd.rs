@@ -61,6 +61,61 @@ pub(super) struct Results<'a> {
     pub states: SsdStates,
     /// Of a backward, where z has gradients: those of what it gates as they come, and where z's go; that of Y goes to out.
     pub gate: Option<(&'a View<4>, &'a View<4>)>,
+    /// The states that enter tiles: to be written, or of a backward those that were.
+    pub entry_states: Option<&'a View<1>>,
+}
+
+/// Tokens of a slot of states, where the kernels with wgmma serve a backward or not.
+pub fn slot_tokens(by_wgmma: bool) -> usize {
+    const TILE: usize = OXI_SSD_TILE as usize;
+    if by_wgmma { 2 * TILE } else { TILE }
+}
+
+/// Slots of a sequence's states at tiles' ends: see ssd_bwd.cuh.
+pub struct Slots {
+    slot_tokens: usize,
+    of_tokens: usize,
+    entering: usize,
+    leaving: usize,
+}
+
+impl Slots {
+    /// `dvarlen`: whether there are gradients of documents' last states.
+    pub fn of(inputs: &SsdInputs, dvarlen: bool, by_wgmma: bool) -> Self {
+        let slot_tokens = slot_tokens(by_wgmma);
+        let documents = |has: bool| if has { inputs.packing.documents() } else { 0 };
+        Slots {
+            slot_tokens,
+            of_tokens: inputs.dims.seqlen.div_ceil(slot_tokens),
+            entering: documents(inputs.initial_states.is_some()),
+            leaving: documents(dvarlen),
+        }
+    }
+
+    pub fn of_entries(&self) -> usize {
+        self.of_tokens + self.entering
+    }
+
+    pub fn of_exits(&self) -> usize {
+        self.of_tokens + self.leaving + 1
+    }
+
+    /// Those of documents among the latter.
+    pub(super) fn of_documents(&self) -> usize {
+        self.leaving
+    }
+
+    pub(super) fn enter(&self, params: &mut OxiSsd, states: *mut u8) {
+        params.slot_tokens = self.slot_tokens as i32;
+        params.token_slots = self.of_tokens as i32;
+        params.entry_slots = self.of_entries() as i32;
+        params.entry_states = states.cast();
+    }
+}
+
+/// Elements of a head's state as kernels keep it, at most: headdim is rounded up to whole slices, dstate to DSTATES.
+pub fn state_elements(headdim: usize, dstate: usize) -> usize {
+    headdim.next_multiple_of(MMA_ROWS) * DSTATES[rounded(dstate)]
 }
 
 /// Refuse sizes that no kernel is for.
@@ -90,9 +145,11 @@ pub fn forward(
     out: &View<4>,
     states: SsdStates,
     segments: Option<&View<3>>,
+    entry_states: Option<&View<1>>,
 ) -> Result<()> {
     check_sizes(&inputs.dims)?;
-    launch(stream, dtype, inputs, &Results { out, states, gate: None }, segments)
+    let results = Results { out, states, gate: None, entry_states };
+    launch(stream, dtype, inputs, &results, segments)
 }
 
 /// Of sizes that were checked.
@@ -107,18 +164,49 @@ pub(super) fn launch(
     if dims.batch == 0 {
         return Ok(());
     }
-    if dtype == DType::F32 {
-        return recurrence(stream, inputs, results, segments);
-    }
     let (dout, dz) = results.gate.unzip();
-    let fits = have_wgmma(stream.device, dtype, &dims)
-        && [&inputs.x, &inputs.B, &inputs.C, results.out].into_iter().all(is_mapped)
-        && [inputs.z.as_ref(), dout, dz].into_iter().flatten().all(is_dense);
-    if fits {
-        wgmma(stream, dtype, inputs, results, segments)
+    let mapped = [&inputs.x, &inputs.B, &inputs.C, results.out];
+    if fits(stream.device, dtype, &dims, mapped, [inputs.z.as_ref(), dout, dz]) {
+        return wgmma(stream, dtype, inputs, results, segments);
+    }
+    if results.gate.is_none() && results.entry_states.is_some() {
+        return Err(Error::Value {
+            arg: "entry_states",
+            got: "a tensor".into(),
+            allowed: "None, unless kernels with wgmma serve the call".into(),
+        });
+    }
+    if dtype == DType::F32 {
+        recurrence(stream, inputs, results, segments)
     } else {
         mma(stream, dtype, inputs, results, segments)
     }
+}
+
+/// Whether the kernels with wgmma serve a call with these x, B, C and out, and z, dout and dz.
+fn fits(
+    device: &CudaDevice,
+    dtype: DType,
+    dims: &SsdDims,
+    mapped: [&View<4>; 4],
+    dense: [Option<&View<4>>; 3],
+) -> bool {
+    have_wgmma(device, dtype, dims)
+        && mapped.into_iter().all(is_mapped)
+        && dense.into_iter().flatten().all(is_dense)
+}
+
+/// Whether a call with these x, B, C and out, and z, can keep the states that enter tiles for a backward: those of the slices
+/// that it takes headdim in.
+pub fn keeps_states(
+    device: &CudaDevice,
+    dtype: DType,
+    dims: &SsdDims,
+    mapped: [&View<4>; 4],
+    z: Option<&View<4>>,
+) -> bool {
+    dims.headdim.is_multiple_of(wgmma_part(dims.headdim))
+        && fits(device, dtype, dims, mapped, [z, None, None])
 }
 
 /// Whether there are kernels with wgmma for these sizes, of dense tensors.
@@ -174,7 +262,11 @@ fn wgmma(
         out: stream.tensor_map(results.out, WGMMA_ROWS_OF_WARP)?,
         ..Default::default()
     };
-    let params = forward_params(inputs, results, &slices)?;
+    let mut params = forward_params(inputs, results, &slices)?;
+    if let Some(states) = results.entry_states {
+        params.keeps_entry_states = results.gate.is_none().into();
+        Slots::of(inputs, false, true).enter(&mut params, states.data());
+    }
     let elements = slices.count * WGMMA_ROWS * DSTATES[dstate];
     in_segments(inputs, params, segments, elements, |ssd, blocks| {
         let (grid, mapped) = ([blocks, 1, 1], OxiSsdMapped { ssd, ..mapped });
@@ -305,7 +397,8 @@ fn in_segments(
     let blocks = dims.batch * dims.nheads * params.slices as usize;
     let Some(view) = segments else { return launch(params, blocks) };
     let count = cut(&mut params, view, dims.seqlen, elements)?;
-    if count > 1 {
+    let has_states = !params.entry_states.is_null() && params.keeps_entry_states == 0;
+    if count > 1 && !has_states {
         let parts = OXI_SSD_SEGMENT_PARTS as usize;
         launch(OxiSsd { states_only: 1, ..params }, blocks * parts * (count - 1))?;
     }

@@ -6,7 +6,7 @@ use super::params::{
     self, OXI_SSD_TILE, OxiSsd, OxiSsdBackward, OxiSsdBackwardMapped, SsdBackwardCuts,
     SsdBackwardMappedStates, SsdBackwardParameters, SsdBackwardStates, VECTOR,
 };
-use super::ssd::{self, DSTATES, Results, Slices, WGMMA_ROWS_OF_WARP, WGMMA_THREADS};
+use super::ssd::{self, Results, Slices, Slots, WGMMA_ROWS_OF_WARP, WGMMA_THREADS};
 use crate::dims::SsdDims;
 use crate::error::Result;
 use crate::ops::ssd::{SsdGradients, SsdInputs, SsdStates, SsdWorkspaces};
@@ -33,11 +33,6 @@ pub fn windows(seqlen: usize) -> usize {
     seqlen.div_ceil(TILE)
 }
 
-/// Elements of a head's state as kernels keep it, at most: headdim is rounded up to whole slices, dstate to DSTATES.
-pub fn state_elements(headdim: usize, dstate: usize) -> usize {
-    headdim.next_multiple_of(MMA_ROWS) * DSTATES[ssd::rounded(dstate)]
-}
-
 /// Whether the kernels with wgmma serve a call with these x, dY, B, C and dx, and dB and dC.
 pub fn fits(
     device: &CudaDevice,
@@ -49,31 +44,6 @@ pub fn fits(
     ssd::have_wgmma(device, dtype, dims)
         && mapped.into_iter().all(ssd::is_mapped)
         && dense.into_iter().all(|view| params::is_dense(view, 2))
-}
-
-/// Tokens of a slot, of kernels that `fits` chose.
-pub fn slot_tokens(fits: bool) -> usize {
-    if fits { 2 * TILE } else { TILE }
-}
-
-/// Slots of a sequence's states (ssd_bwd.cuh).
-pub struct Slots {
-    of_tokens: usize,
-    of_documents: usize,
-}
-
-impl Slots {
-    pub fn of(inputs: &SsdInputs, gradients: &SsdGradients, fits: bool) -> Self {
-        let has_states = inputs.initial_states.is_some() || gradients.dvarlen_states.is_some();
-        Slots {
-            of_tokens: inputs.dims.seqlen.div_ceil(slot_tokens(fits)),
-            of_documents: if has_states { inputs.packing.documents() } else { 0 },
-        }
-    }
-
-    pub fn count(&self) -> usize {
-        self.of_tokens + self.of_documents + 1
-    }
 }
 
 /// Of sizes that were checked.
@@ -88,7 +58,8 @@ pub fn backward(
     let dy = workspaces.dy.as_ref().unwrap_or(&workspaces.dout);
     if let (Some(out), Some(dz)) = (&workspaces.dy, &gradients.dz) {
         let states = SsdStates { final_states: None, varlen_states: None };
-        let results = Results { out, states, gate: Some((&workspaces.dout, dz)) };
+        let gate = Some((&workspaces.dout, dz));
+        let results = Results { out, states, gate, entry_states: workspaces.entry_states.as_ref() };
         ssd::launch(stream, dtype, inputs, &results, workspaces.segments.as_ref())?;
     }
     let part =
@@ -136,7 +107,9 @@ fn wgmma(
     })?;
     let shared_bytes = stream.shared_bytes::<OxiSsdBackwardMapped>(&choices);
     let block = Block { threads: WGMMA_THREADS, shared_bytes };
-    let blocks = tile_blocks(inputs) * WGMMA_BLOCKS_OF_WINDOW[dstate];
+    // One on each multiprocessor, which takes one window after another.
+    let at_once = stream.device.multiprocessors as usize / WGMMA_BLOCKS_OF_WINDOW[dstate];
+    let blocks = tile_blocks(inputs).min(at_once) * WGMMA_BLOCKS_OF_WINDOW[dstate];
     let params = OxiSsdBackwardMapped { bwd: params, ..mapped };
     stream.launch(&params, &choices, [blocks, 1, 1], block)
 }
@@ -164,7 +137,7 @@ fn mma(
     stream.launch(&params, &choices, [tile_blocks(inputs), 1, 1], block)
 }
 
-/// A block has the tiles that begin in a window, for the heads of a group.
+/// How many windows have tiles of their own, for the heads of each group.
 fn tile_blocks(inputs: &SsdInputs) -> usize {
     let dims = inputs.dims;
     dims.batch * windows(dims.seqlen) * dims.ngroups
@@ -178,12 +151,12 @@ fn walk_states(
     mut params: OxiSsdBackward,
     launch: impl Fn(OxiSsdBackward, usize) -> Result<()>,
 ) -> Result<OxiSsdBackward> {
-    const DIRECTIONS: usize = 2;
     let dims = inputs.dims;
-    let blocks = dims.batch * DIRECTIONS * dims.nheads * params.ssd.slices as usize;
+    let directions = 1 + params.finds_entry_states as usize;
+    let blocks = dims.batch * directions * dims.nheads * params.ssd.slices as usize;
     let mut segments = 1;
     if let Some(view) = &workspaces.segments {
-        let elements = state_elements(dims.headdim, dims.dstate);
+        let elements = ssd::state_elements(dims.headdim, dims.dstate);
         segments = ssd::cut(&mut params.ssd, view, dims.seqlen, elements)?;
     }
     if segments > 1 {
@@ -207,9 +180,15 @@ fn params_of(
         final_states: gradients.dfinal_states,
         varlen_states: gradients.dvarlen_states,
     };
-    let ssd = ssd::params_of(inputs, &states, slices)?;
-    let slots = Slots::of(inputs, gradients, workspaces.fits);
-    params::size("x", "batch times windows of 64 tokens", dims.batch * windows)?;
+    let mut ssd = ssd::params_of(inputs, &states, slices)?;
+    let slots = Slots::of(inputs, gradients.dvarlen_states.is_some(), workspaces.fits);
+    // Of this call's workspace the states that enter come behind those that leave.
+    let elements = ssd::state_elements(dims.headdim, dims.dstate);
+    let exits = dims.batch * slots.of_exits() * dims.nheads * elements;
+    let entries = workspaces.states.data().wrapping_byte_add(exits * inputs.x.dtype.size());
+    slots.enter(&mut ssd, workspaces.entry_states.map_or(entries, |states| states.data()));
+    let tiles = dims.batch * windows * dims.ngroups;
+    params::size("x", "batch times windows of 64 tokens times ngroups", tiles)?;
     let mut params = OxiSsdBackward {
         ssd,
         dy: Some(dy).into(),
@@ -221,7 +200,7 @@ fn params_of(
         dA: params::vector(Some(&gradients.dA)),
         ddt_bias: params::vector(gradients.ddt_bias.as_ref()),
         dD: gradients.dD.as_ref().into(),
-        states: workspaces.states.data().cast(),
+        exit_states: workspaces.states.data().cast(),
         tokens: workspaces.partials.data().cast(),
         partials: workspaces
             .partials
@@ -229,10 +208,9 @@ fn params_of(
             .cast::<f32>()
             .wrapping_add(TOKEN_FLOATS * dims.batch * dims.nheads * dims.seqlen),
         windows: windows as i32,
-        slot_tokens: slot_tokens(workspaces.fits) as i32,
-        token_slots: slots.of_tokens as i32,
-        document_slots: slots.of_documents as i32,
-        slots: params::size("cu_seqlens", "ndocs", slots.count())?,
+        document_slots: slots.of_documents() as i32,
+        exit_slots: params::size("cu_seqlens", "ndocs", slots.of_exits())?,
+        finds_entry_states: workspaces.entry_states.is_none().into(),
         batch: params::size("x", "batch", dims.batch)?,
         ngroups: dims.ngroups as i32,
         dD_columns: gradients.dD_columns() as i32,

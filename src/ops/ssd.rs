@@ -209,10 +209,13 @@ pub struct SsdWorkspaces {
     pub dout: View<4>,
     /// With z: the gradient of what it gates.
     pub dy: Option<View<4>>,
-    /// In x's dtype: twice (batch, slots, nheads, elements) states. `slots`: one more than there are for a sequence's
-    /// tokens, one for as many as `ssd_backward_slot_tokens` says, and, with initial_states or dvarlen_states, for its
-    /// documents, 1 without cu_seqlens. `elements` as in `ssd_forward`.
+    /// In x's dtype: (batch, slots, nheads, elements) gradients of states. `slots`: one more than there are for a sequence's
+    /// tokens, one for as many as `ssd_backward_slot_tokens` says, and, with dvarlen_states, for its documents, 1 without
+    /// cu_seqlens. `elements` as in `ssd_forward`. Behind them, where forward kept none, as many states as it would keep, but
+    /// in these slots and elements.
     pub states: View<1>,
+    /// Those that `ssd_forward` kept.
+    pub entry_states: Option<View<1>>,
     /// float32: 3 (batch, nheads, seqlen), of tokens; (batch windows, nheads (2 + elements of D a head)), gradients of
     /// parameters.
     pub partials: View<1>,
@@ -230,6 +233,7 @@ impl SsdWorkspaces {
         device: &CudaDevice,
         check: &Checker,
         tensors: &BackwardWorkspaces,
+        entry_states: &Option<TensorArg>,
         inputs: &SsdInputs,
         gradients: &SsdGradients,
     ) -> Result<Self> {
@@ -252,10 +256,18 @@ impl SsdWorkspaces {
         let mapped = [&inputs.x, dy.as_ref().unwrap_or(&dout), &inputs.B, &inputs.C, &gradients.dx];
         let dense = [&gradients.dB, &gradients.dC];
         let fits = cuda::ssd_backward::fits(device, check.dtype, &dims, mapped, dense);
-        let slots = cuda::ssd_backward::Slots::of(inputs, gradients, fits).count();
+        let slots = cuda::ssd::Slots::of(inputs, gradients.dvarlen_states.is_some(), fits);
         let windows = cuda::ssd_backward::windows(dims.seqlen);
-        let state = cuda::ssd_backward::state_elements(dims.headdim, dims.dstate);
-        let state_count = 2 * dims.batch * slots * dims.nheads;
+        let state = cuda::ssd::state_elements(dims.headdim, dims.dstate);
+        let found = if entry_states.is_some() { 0 } else { slots.of_entries() };
+        let state_count = dims.batch * (slots.of_exits() + found) * dims.nheads;
+        if entry_states.is_some() && !fits {
+            return Err(Error::Value {
+                arg: "entry_states",
+                got: "a tensor".into(),
+                allowed: "None, unless kernels with wgmma serve the call".into(),
+            });
+        }
         let rows = dims.batch * windows;
         let columns = dims.nheads * (2 + gradients.dD_columns());
         let tokens = cuda::ssd_backward::TOKEN_FLOATS * dims.batch * dims.nheads * dims.seqlen;
@@ -266,6 +278,7 @@ impl SsdWorkspaces {
             dout,
             dy,
             states: scratch("states", states, check.dtype, state_count * state)?,
+            entry_states: entry_states_of(check, entry_states, inputs)?,
             partials: scratch("partials", partials, DType::F32, tokens + rows * columns)?,
             cuts: match inputs.packing {
                 Packing::Tokens { seq_idx: None, cu_seqlens: None } => None,
@@ -275,6 +288,19 @@ impl SsdWorkspaces {
             fits,
         })
     }
+}
+
+/// As `ssd_forward` says.
+#[cfg(feature = "cuda")]
+fn entry_states_of(
+    check: &Checker,
+    states: &Option<TensorArg>,
+    inputs: &SsdInputs,
+) -> Result<Option<View<1>>> {
+    let dims = inputs.dims;
+    let slots = cuda::ssd::Slots::of(inputs, false, true).of_entries();
+    let elements = dims.batch * slots * dims.nheads * dims.headdim * dims.dstate;
+    optional(states, |states| check.scratch("entry_states", Some(states), check.dtype, elements))
 }
 
 #[cfg(feature = "cuda")]
@@ -294,6 +320,10 @@ fn segments_workspace(
 /// segments: on CUDA the workspace of sequences that are walked in several segments at once, (2 (segments - 1), batch
 /// nheads, elements + 1) float32 and contiguous, `elements` being those of a state with headdim rounded up to a multiple
 /// of 64, dstate to 64, 128 or 256.
+///
+/// entry_states: on CUDA, where `_ssd_keeps_states` says so, the states that enter every other tile are kept there for
+/// `ssd_backward`: (batch, slots, nheads, headdim dstate) in x's dtype and contiguous. `slots`: one for 128 tokens of a
+/// sequence and, with initial_states, for each of its documents, 1 without cu_seqlens.
 #[pyfunction]
 pub fn ssd_forward(
     py: Python<'_>,
@@ -305,6 +335,7 @@ pub fn ssd_forward(
     final_states: Option<TensorArg>,
     varlen_states: Option<TensorArg>,
     #[cfg_attr(not(feature = "cuda"), expect(unused_variables))] segments: Option<TensorArg>,
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables))] entry_states: Option<TensorArg>,
 ) -> PyResult<()> {
     run(py, "x", &tensors.0, |backend| {
         let check = Checker::new("x", &tensors.0)?;
@@ -328,7 +359,9 @@ pub fn ssd_forward(
             #[cfg(feature = "cuda")]
             Backend::Cuda(stream) => {
                 let segments = segments_workspace(&check, &segments, &inputs.dims)?;
-                cuda::ssd::forward(&stream, check.dtype, &inputs, &out, states, segments.as_ref())
+                let kept = entry_states_of(&check, &entry_states, &inputs)?;
+                let (dtype, kept) = (check.dtype, kept.as_ref());
+                cuda::ssd::forward(&stream, dtype, &inputs, &out, states, segments.as_ref(), kept)
             }
         }
     })
@@ -336,7 +369,8 @@ pub fn ssd_forward(
 
 /// Every gradient tensor that is given is written; those of optional arguments go with their arguments.
 ///
-/// dout must be given on CUDA, as must the workspaces that `SsdWorkspaces` says; the CPU backend takes none.
+/// dout must be given on CUDA, as must the workspaces that `SsdWorkspaces` says; the CPU backend takes none. entry_states: what
+/// `ssd_forward` kept, if `_ssd_backward_slot_tokens` says 128.
 #[pyfunction]
 pub fn ssd_backward(
     py: Python<'_>,
@@ -357,6 +391,7 @@ pub fn ssd_backward(
     ddt_bias: Option<TensorArg>,
     dinitial_states: Option<TensorArg>,
     #[cfg_attr(not(feature = "cuda"), expect(unused_variables))] workspaces: BackwardWorkspaces,
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables))] entry_states: Option<TensorArg>,
 ) -> PyResult<()> {
     run(py, "x", &tensors.0, |backend| {
         let check = Checker::new("x", &tensors.0)?;
@@ -395,8 +430,9 @@ pub fn ssd_backward(
             Backend::Cuda(stream) => {
                 cuda::ssd::check_sizes(&inputs.dims)?;
                 let device = stream.device;
+                let (kept, of_states) = (&entry_states, &workspaces);
                 let workspaces =
-                    SsdWorkspaces::new(device, &check, &workspaces, &inputs, &gradients)?;
+                    SsdWorkspaces::new(device, &check, of_states, kept, &inputs, &gradients)?;
                 let dtype = check.dtype;
                 cuda::ssd_backward::backward(&stream, dtype, &inputs, &gradients, &workspaces)
             }
@@ -436,7 +472,35 @@ pub fn ssd_backward_slot_tokens(
             ];
             let dense = [&of_B("dB", &dB)?, &of_B("dC", &dC)?];
             let fits = cuda::ssd_backward::fits(stream.device, check.dtype, &dims, mapped, dense);
-            Ok(cuda::ssd_backward::slot_tokens(fits))
+            Ok(cuda::ssd::slot_tokens(fits))
+        }
+    }
+}
+
+/// Whether `ssd_forward` can keep states for a backward; never on the CPU.
+#[pyfunction]
+#[pyo3(name = "_ssd_keeps_states")]
+#[cfg_attr(not(feature = "cuda"), expect(unused_variables))]
+pub fn ssd_keeps_states(
+    py: Python<'_>,
+    x: TensorArg,
+    B: TensorArg,
+    C: TensorArg,
+    z: Option<TensorArg>,
+    out: TensorArg,
+) -> PyResult<bool> {
+    match Backend::of(py, "x", &x)? {
+        Backend::Cpu { .. } => Ok(false),
+        #[cfg(feature = "cuda")]
+        Backend::Cuda(stream) => {
+            let check = Checker::new("x", &x)?;
+            let dims = SsdDims::new(&x, &B)?;
+            let of_x = |arg, tensor| check.same(arg, tensor, dims.x());
+            let of_B = |arg, tensor| check.same(arg, tensor, dims.B());
+            let mapped = [&of_x("x", &x)?, &of_B("B", &B)?, &of_B("C", &C)?, &of_x("out", &out)?];
+            let z = optional(&z, |z| check.same("z", z, dims.x()))?;
+            let (device, dtype) = (stream.device, check.dtype);
+            Ok(cuda::ssd::keeps_states(device, dtype, &dims, mapped, z.as_ref()))
         }
     }
 }

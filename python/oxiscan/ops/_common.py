@@ -43,6 +43,8 @@ class Function(torch.autograd.Function):
 class _NoGraph:
     """Stands for an autograd function's context where nothing is recorded."""
 
+    needs_input_grad: tuple[bool, ...] = ()
+
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         """Keep nothing."""
 

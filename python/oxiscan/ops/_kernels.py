@@ -243,6 +243,7 @@ ssd_forward = _register(
     "Tensor(final_states!)? final_states",
     "Tensor(varlen_states!)? varlen_states",
     "Tensor(segments!)? segments",
+    "Tensor(entry_states!)? entry_states",
 )
 ssd_backward = _register(
     _C.ssd_backward,
@@ -269,6 +270,7 @@ ssd_backward = _register(
         "Tensor(cuts!)? cuts",
         "Tensor(segments!)? segments",
     ),
+    "Tensor? entry_states",
 )
 
 
@@ -277,6 +279,13 @@ def ssd_backward_slot_tokens(*tensors: Tensor) -> int:
     if is_dynamo_compiling() or (_dispatch_modes() and _traces()):
         return 64
     return _C._ssd_backward_slot_tokens(*tensors)
+
+
+def ssd_keeps_states(x: Tensor, B: Tensor, C: Tensor, z: Tensor | None, out: Tensor) -> bool:
+    """What `_C` says of these tensors; not in a trace, where they have no memory yet."""
+    if not x.is_cuda or is_dynamo_compiling() or (_dispatch_modes() and _traces()):
+        return False
+    return _C._ssd_keeps_states(x, B, C, z, out)
 
 
 ssd_varlen_forward = _register(

@@ -115,7 +115,7 @@ class _SplitConv1dScan(torch.autograd.Function):
         scan_tensors = (x, dt, A, B, C, D, gate, dt_bias, initial_states)
         packing = (seq_idx, cu_seqlens)
         states = (final_states, varlen_states)
-        _kernels.ssd_forward(scan_tensors, packing, True, options.dt_limit, split.heads(y), *states, None)
+        _kernels.ssd_forward(scan_tensors, packing, True, options.dt_limit, split.heads(y), *states, None, None)
         out = y
         if rmsnorm_weight is not None:
             out = torch.empty_like(y)

@@ -38,17 +38,36 @@ def segments_workspace(x: Tensor, dstate: int) -> Tensor | None:
     return x.new_empty(2 * (segments - 1), batch * nheads, elements, dtype=torch.float32)
 
 
+def slots(seqlen: int, slot_tokens: int, cu_seqlens: Tensor | None, states_of_documents: Tensor | None) -> int:
+    """Slots of a sequence's states in CUDA's kernels: one for so many tokens, then those of documents with states."""
+    return -(-seqlen // slot_tokens) + (0 if states_of_documents is None else ndocs(cu_seqlens, 1))
+
+
+def kept_states(tensors: _Tensors, cu_seqlens: Tensor | None, out: Tensor) -> Tensor | None:
+    """For the states that CUDA's kernels keep between forward and backward, where they do."""
+    x, _, _, B, C, _, z, _, initial_states = tensors
+    if not _kernels.ssd_keeps_states(x, B, C, z, out):
+        return None
+    batch, seqlen, nheads, headdim = x.shape
+    count = slots(seqlen, 128, cu_seqlens, initial_states)
+    return x.new_empty(batch * count * nheads * headdim * B.shape[3])
+
+
 def backward_workspaces(
     tensors: _Tensors,
     packing: tuple[Tensor | None, Tensor | None],
     dout: Tensor | None,
     dvarlen_states: Tensor | None,
     gradients: _Tensors,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """What the kernels of `ssd_backward` leave for one another on CUDA: dy, states, partials, cuts, segments."""
+    entry_states: Tensor | None,
+) -> tuple[tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None], Tensor | None]:
+    """What the kernels of `ssd_backward` leave for one another on CUDA: dy, states, partials, cuts, segments.
+
+    And the states that forward kept, if they are of use.
+    """
     x, _, _, B, C, D, z, _, initial_states = tensors
     if dout is None or not x.is_cuda:
-        return None, None, None, None, None
+        return (None, None, None, None, None), None
     dx, _, _, dB, dC, *_ = gradients
     seq_idx, cu_seqlens = packing
     batch, seqlen, nheads, headdim = x.shape
@@ -56,15 +75,17 @@ def backward_workspaces(
     windows = (seqlen + 63) // 64
     dy = None if z is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     slot_tokens = _kernels.ssd_backward_slot_tokens(x, dout if dy is None else dy, B, C, dx, dB, dC)
-    slots = (seqlen + slot_tokens - 1) // slot_tokens + 1
-    if initial_states is not None or dvarlen_states is not None:
-        slots += ndocs(cu_seqlens, 1)
-    states = x.new_empty(2 * batch * slots * nheads * state_elements(headdim, dstate))
+    if slot_tokens != 128:
+        entry_states = None
+    count = slots(seqlen, slot_tokens, cu_seqlens, dvarlen_states) + 1
+    if entry_states is None:
+        count += slots(seqlen, slot_tokens, cu_seqlens, initial_states)
+    states = x.new_empty(batch * count * nheads * state_elements(headdim, dstate))
     columns = 2 if D is None else 3 if D.dim() == 1 else 2 + headdim
     partials = x.new_empty(batch * nheads * (3 * seqlen + windows * columns), dtype=torch.float32)
     is_packed = seq_idx is not None or cu_seqlens is not None
     cuts = x.new_empty(3 * batch * windows, dtype=torch.int32) if is_packed else None
-    return dy, states, partials, cuts, segments_workspace(x, dstate)
+    return (dy, states, partials, cuts, segments_workspace(x, dstate)), entry_states
 
 
 def scan_backward(
@@ -76,14 +97,15 @@ def scan_backward(
     dfinal_states: Tensor | None,
     dvarlen_states: Tensor | None,
     gradients: _Tensors,
+    entry_states: Tensor | None = None,
 ) -> None:
     """The kernel, with its workspaces on CUDA, where it takes no None for the gradient of out."""
     x = tensors[0]
     if dout is None and x.is_cuda:
         dout = torch.zeros_like(x)
-    workspaces = backward_workspaces(tensors, packing, dout, dvarlen_states, gradients)
+    workspaces = backward_workspaces(tensors, packing, dout, dvarlen_states, gradients, entry_states)
     _kernels.ssd_backward(
-        tensors, packing, dt_softplus, dt_limit, dout, dfinal_states, dvarlen_states, *gradients, workspaces
+        tensors, packing, dt_softplus, dt_limit, dout, dfinal_states, dvarlen_states, *gradients, *workspaces
     )
 
 
@@ -117,8 +139,11 @@ class _ChunkScan(Function):
             varlen_states = x.new_empty(ndocs(cu_seqlens, batch), nheads, headdim, dstate, dtype=varlen_dtype)
         tensors, packing = (x, dt, A, B, C, D, z, dt_bias, initial_states), (seq_idx, cu_seqlens)
         segments = segments_workspace(x, dstate)
-        _kernels.ssd_forward(tensors, packing, dt_softplus, dt_limit, out, final_states, varlen_states, segments)
-        ctx.save_for_backward(*tensors, *packing)
+        entry_states = kept_states(tensors, cu_seqlens, out) if any(ctx.needs_input_grad) else None
+        _kernels.ssd_forward(
+            tensors, packing, dt_softplus, dt_limit, out, final_states, varlen_states, segments, entry_states
+        )
+        ctx.save_for_backward(*tensors, *packing, entry_states)
         ctx.options = dt_softplus, dt_limit
         ctx.set_materialize_grads(False)
         return out, final_states, varlen_states
@@ -129,13 +154,15 @@ class _ChunkScan(Function):
         ctx: Any, dout: Tensor | None, dfinal_states: Tensor | None, dvarlen_states: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         # Read once: activation checkpointing unpacks each tensor a single time.
-        *tensors, seq_idx, cu_seqlens = ctx.saved_tensors
+        *tensors, seq_idx, cu_seqlens, entry_states = ctx.saved_tensors
         x, dt, A, B, C, D, z, dt_bias, initial_states = tensors
         dx, ddt, dA, dB, dC = (torch.empty_like(t) for t in (x, dt, A, B, C))
         dD, dz, ddt_bias, dinitial_states = (empty_like(t) for t in (D, z, dt_bias, initial_states))
         gradients = (dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_states)
         packing, (dt_softplus, dt_limit) = (seq_idx, cu_seqlens), ctx.options
-        scan_backward((*tensors,), packing, dt_softplus, dt_limit, dout, dfinal_states, dvarlen_states, gradients)
+        scan_backward(
+            (*tensors,), packing, dt_softplus, dt_limit, dout, dfinal_states, dvarlen_states, gradients, entry_states
+        )
         return *gradients, None, None, None, None, None, None
 
 
