@@ -66,6 +66,20 @@ struct Barrier {
   }
 };
 
+// Whether this thread is the one of its warp to ask for copies: of one that is chosen like this the compiler knows that it is
+// alone, and issues them without a loop over whoever else might be there.
+__device__ __forceinline__ bool elected() {
+  unsigned is_elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred is_elected;\n"
+      "elect.sync _|is_elected, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, is_elected;\n"
+      "}"
+      : "=r"(is_elected));
+  return is_elected != 0;
+}
+
 __device__ __forceinline__ void prefetch_map(const OxiTensorMap &map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }

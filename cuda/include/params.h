@@ -388,6 +388,8 @@ struct OxiSsdBackward {
   int exit_slots;
   /* Whether states are walked forward too: entry_states are to be found yet. */
   int finds_entry_states;
+  /* Blocks of a walk that share a state's columns. */
+  int column_parts;
   int batch;
   int ngroups;
   /* 0: no D; 1: one a head; else headdim. */
@@ -395,6 +397,7 @@ struct OxiSsdBackward {
   int dD_dtype;
   int wide_ddt;
   int wide_dinitial_states;
+  int reserved;
 };
 
 /* x, dy, B and C by boxes of 64 tokens and 64 elements, dx by boxes of 16 tokens; of any dtype of 16 bits. */

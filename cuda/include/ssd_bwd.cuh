@@ -111,7 +111,7 @@ __device__ __forceinline__ unsigned char *in_slot(const OxiSsdBackward &p, bool 
   return in_slot(p.exit_states, p.exit_slots, p.ssd, b, slot, head, slice, bytes);
 }
 
-// The part of the work along states that a block has: one direction, of one segment, one head, one slice.
+// The part of the work along states that a block has: one direction, of one segment, one head, one slice, some columns.
 struct StateWalkOf {
   long long b;
   // In reverse, for the states' gradients.
@@ -122,12 +122,17 @@ struct StateWalkOf {
   int group;
   int slice;
   int first;
+  int column_part;
+  int first_column;
   int begin;
   int end;
 
-  __device__ __forceinline__ explicit StateWalkOf(const OxiSsdBackward &params) {
+  __device__ __forceinline__ StateWalkOf(const OxiSsdBackward &params, int columns) {
     const OxiSsd &p = params.ssd;
     int rest = blockIdx.x;
+    column_part = rest % params.column_parts;
+    first_column = column_part * columns;
+    rest /= params.column_parts;
     slice = rest % p.slices;
     first = slice * p.slice_step;
     rest /= p.slices;
@@ -144,9 +149,9 @@ struct StateWalkOf {
     end = segment + 1 < p.segments ? begin + p.segment_tokens : p.seqlen;
   }
 
-  // Where the states of this head and slice begin, in a tensor of them.
+  // Where the states of this head, slice and these columns begin, in a tensor of them.
   __device__ __forceinline__ long long state_offset(const OxiTensor4 &states, long long row) const {
-    return row * states.stride[0] + head * states.stride[1] + first * states.stride[2];
+    return row * states.stride[0] + head * states.stride[1] + first * states.stride[2] + first_column * states.stride[3];
   }
 
   // Among what segments add, those of this head at another place in the order.

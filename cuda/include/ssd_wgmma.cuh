@@ -62,6 +62,8 @@ struct Vectors {
   Span tile;
   // The decay over the tile.
   float over_tile;
+  // Of a walk that leaves states in slots: the one of the state before the tile, in the walk's direction, -1 for none.
+  int slot;
   // By columns: what remains at the tile's end of what a token adds, factors for pairs of x.
   alignas(16) uint2 leaving[kTile / 2];
 };

@@ -384,7 +384,7 @@ __device__ __forceinline__ void compute(const OxiSsdBackward &params, Shared &sh
 // By the clock: where tiles are, what dt and A make of them.
 __device__ __forceinline__ void keep_time(const OxiSsdBackward &params, Shared &shared) {
   const OxiSsd &p = params.ssd;
-  const StateWalkOf walk(params);
+  const StateWalkOf walk(params, kDstate);
   const Cuts cuts(params, walk.b);
   const Discretize head(p, walk.head);
   const float A = load_either<Element>(p.A.data, walk.head * p.A.step, p.A.dtype == OXI_F32);
@@ -434,7 +434,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks) KERNEL(const 
   Shared &shared = *reinterpret_cast<Shared *>(memory);
   wait_for_earlier_work();
   if (threadIdx.x < kWorkers) {
-    if (threadIdx.x == 0) shared.walk = StateWalkOf(p);
+    if (threadIdx.x == 0) shared.walk = StateWalkOf(p, kDstate);
     compute(p, shared);
   } else {
     keep_time(p, shared);

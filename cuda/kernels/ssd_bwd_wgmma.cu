@@ -959,7 +959,6 @@ __device__ __forceinline__ void clear(unsigned char *from, int bytes) {
 // By one warp: copies.
 __device__ __forceinline__ void load_units(const OxiSsdBackwardMapped &mapped, Work &work, Storage &storage) {
   const OxiSsdBackward &p = work.p;
-  const int lane = threadIdx.x % kWarp;
   UnitPosition at;
   unsigned landed_parity = 0;
   const auto wait_for_copies = [&]() {
@@ -984,7 +983,7 @@ __device__ __forceinline__ void load_units(const OxiSsdBackwardMapped &mapped, W
     const auto load_group = [&]() {
       storage.group_empty.wait(at.parity_of_tiles() ^ 1);
       Barrier &arrived = is_cut ? storage.landed : storage.group_full;
-      if (lane == 0) {
+      if (elected()) {
         arrived.expect((source == Work::kSlots ? 2 : 3) * kSlabsOfPart * kSlabBytes);
 #pragma unroll 1
         for (int slab = 0; slab < kSlabsOfPart; ++slab) {
@@ -1007,6 +1006,11 @@ __device__ __forceinline__ void load_units(const OxiSsdBackwardMapped &mapped, W
       }
       storage.group_full.arrive();
     };
+    const auto first_in = [&](bool of_gradients, int slot) {
+      const int bytes = kParts * kStateBytes;
+      return in_slot(p, of_gradients, work.b, max(slot, 0), work.first_head(), 0, bytes) + part_now() * kStateBytes;
+    };
+    const unsigned char *G = first_in(true, exit), *H = first_in(false, entry);
     bool has_group = false;
     work.each_unit([&](int head, int slice) __attribute__((always_inline)) {
       storage.empty[at.stage()].wait(at.parity() ^ 1);
@@ -1014,20 +1018,18 @@ __device__ __forceinline__ void load_units(const OxiSsdBackwardMapped &mapped, W
       Unit &own = storage.units[at.stage()];
       unsigned char *dy = storage.dy[at.kept_stage()];
       Barrier &arrived = is_cut ? storage.landed : storage.full[at.stage()];
-      if (lane == 0) {
+      if (elected()) {
         const int first = slice * p.ssd.slice_step;
         arrived.expect((source == Work::kSlots ? 2 : 3) * kSlabBytes + ((entry >= 0) + (exit >= 0)) * kStateBytes);
         copy_box(own.x, mapped.x, first, head, tile.begin, work.b, arrived);
         copy_box(dy, mapped.dy, first, head, tile.begin, work.b, arrived);
         if (source != Work::kSlots) copy_box(own.other, other_rows, first, head, other.begin, work.b, arrived);
-        const auto copy_state = [&](unsigned char *to, bool of_gradients, int slot) {
-          if (slot < 0) return;
-          const unsigned char *from = in_slot(p, of_gradients, work.b, slot, head, slice, kParts * kStateBytes);
-          copy_bytes(to, from + part_now() * kStateBytes, kStateBytes, arrived);
-        };
-        copy_state(own.G, true, exit);
-        copy_state(own.H, false, entry);
+        if (exit >= 0) copy_bytes(own.G, G, kStateBytes, arrived);
+        if (entry >= 0) copy_bytes(own.H, H, kStateBytes, arrived);
       }
+      // A slot's heads lie behind one another.
+      G += kParts * kStateBytes;
+      H += kParts * kStateBytes;
       if (entry < 0) clear(own.H, kStateBytes);
       if (exit < 0) clear(own.G, kStateBytes);
       if (is_cut) {
@@ -1075,31 +1077,43 @@ __device__ __forceinline__ void keep_time(Work &work, Storage &storage) {
                    ? 0.0f
                    : load_either<Element>(p.D.data, head * p.D.stride[0] + row * p.D.stride[1], p.wide_D);
       }
+      const float total = __shfl_sync(kAllLanes, l[1], kWarp - 1);
+      Token tokens[2];
+      // One of the two: for both there are not enough registers.
+      uint2 factors[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float entering = fast_exp2(l[i]), leaving = fast_exp2(total - l[i]);
+        tokens[i] = {l[i], dt[i], leaving, entering, slope[i]};
+        factors[i] = scale_factors(dt[i] * leaving, dt[i] * leaving, Element());
+      }
+      const float over_tile = fast_exp2(total);
+      uint2 other_factors = {};
+      float over_other = 0.0f;
+      if (source != Work::kSlots) {
+        const float other_total = __shfl_sync(kAllLanes, other_l[1], kWarp - 1);
+        float of_other[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          of_other[i] = source == Work::kFindsG ? fast_exp2(other_l[i]) : other_dt[i] * fast_exp2(other_total - other_l[i]);
+        }
+        other_factors = scale_factors(of_other[0], of_other[1], Element());
+        over_other = fast_exp2(other_total);
+      }
       storage.empty[at.stage()].wait(at.parity() ^ 1);
       storage.kept_empty[at.kept_stage()].wait(at.kept_parity() ^ 1);
       UnitVectors &vectors = storage.vectors[at.kept_stage()];
-      const float total = __shfl_sync(kAllLanes, l[1], kWarp - 1);
       *reinterpret_cast<float2 *>(vectors.l + by_column(2 * lane)) = make_float2(l[0], l[1]);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int t = 2 * lane + i;
-        const float entering = fast_exp2(l[i]), leaving = fast_exp2(total - l[i]);
-        vectors.tokens[t] = {l[i], dt[i], leaving, entering, slope[i]};
-        vectors.factors[0][t] = scale_factors(entering, entering, Element());
-        vectors.factors[1][t] = scale_factors(dt[i] * leaving, dt[i] * leaving, Element());
+        vectors.tokens[t] = tokens[i];
+        vectors.factors[0][t] = scale_factors(tokens[i].entering, tokens[i].entering, Element());
+        vectors.factors[1][t] = factors[i];
         if (t < kHeaddim) vectors.D[t] = D[i];
       }
-      if (lane == 0) vectors.over_tile = fast_exp2(total);
-      if (source != Work::kSlots) {
-        const float total = __shfl_sync(kAllLanes, other_l[1], kWarp - 1);
-        float factors[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          factors[i] = source == Work::kFindsG ? fast_exp2(other_l[i]) : other_dt[i] * fast_exp2(total - other_l[i]);
-        }
-        vectors.other.leaving[by_column(2 * lane) / 2] = scale_factors(factors[0], factors[1], Element());
-        if (lane == 0) vectors.other.over_tile = fast_exp2(total);
-      }
+      vectors.other.leaving[by_column(2 * lane) / 2] = other_factors;
+      if (lane == 0) vectors.over_tile = over_tile, vectors.other.over_tile = over_other;
       storage.full[at.stage()].arrive();
       at.advance();
     });

@@ -11,13 +11,14 @@
 // reverse.
 //
 // Grid: a block has one direction over a segment of a sequence, for one head, or for a slice of it (kHeaddim rows of the
-// state). Warpgroups and the ring: ssd_wgmma.cuh, but that in reverse the ring has dY, C and 2^l in place of X, B and
-// dt 2^(l[end] - l). Two blocks share a multiprocessor, with a dstate of 256 one has it.
+// state), and for all or half of the state's columns, kDstate of them. Two blocks share a multiprocessor, so that one's copies
+// and products are under way while the other one waits. Warpgroups and the ring: ssd_wgmma.cuh, but that in reverse the ring
+// has dY, C and 2^l in place of X, B and dt 2^(l[end] - l).
 //
 // A state goes out by a bulk copy from one of two buffers. The thread that asks for it waits until the one before the last was
 // read; a barrier of the warpgroup then lets the state in, another one before the copy publishes it.
 //
-// Shared memory: Storage below, 77 to 185 KB: a ring of X and B in slabs of 64 columns (wgmma.cuh), the buffers.
+// Shared memory: Storage below, 77 to 107 KB: a ring of X and B in slabs of 64 columns (wgmma.cuh), the buffers.
 //
 // fp32: dt, l and the powers, H, G, all sums. Rounded to Element: the states in slots, dt X and 2^l dY as operands, their
 // factors to 16 bits in bf16 (scale_factors).
@@ -27,30 +28,58 @@
 
 namespace oxi {
 
-constexpr int kThreads = (kStateGroups + 1) * kWarpgroup;
-constexpr int kBlocks = kDstate == 256 ? 1 : 2;
+static_assert(kStateGroups == 1);
+constexpr int kThreads = 2 * kWarpgroup;
+constexpr int kBlocks = 2;
 // Registers of a thread at first, and later.
 constexpr int kRegisters = 65536 / kBlocks / kThreads / 8 * 8;
 constexpr int kLoadRegisters = 88;
-constexpr int kStateRegisters = ((kStateGroups + 1) * kRegisters - kLoadRegisters) / kStateGroups / 8 * 8;
+constexpr int kStateRegisters = 2 * kRegisters - kLoadRegisters;
 constexpr int kStages = kDstate == 64 ? 4 : 3;
 constexpr int kBuffers = 2;
-// Of a warpgroup's part of a state, as it lies in a slot.
-constexpr int kPartBytes = kColumns / kSlabColumns * kStateSlabBytes;
+// Of a block's columns of a state, as they lie in a slot.
+constexpr int kPartBytes = kSlabsOfB * kStateSlabBytes;
 
 using TileRing = Ring<kStages, kStages, false>;
 
 struct Storage {
   TileRing ring;
-  alignas(1024) unsigned char state[kBuffers][kStateGroups * kPartBytes];
+  alignas(1024) unsigned char state[kBuffers][kPartBytes];
 };
-static_assert(sizeof(Storage) <= (kBlocks == 1 ? 227 * 1024 : OXI_SSD_STATES_SHARED_BYTES));
+static_assert(sizeof(Storage) <= OXI_SSD_STATES_SHARED_BYTES);
 
 // The tiles of a walk, one after another in its direction; after the last one a size of 0.
 struct TilesOfWalk : Span {
   __device__ __forceinline__ TilesOfWalk(const Cuts &cuts, const StateWalkOf &walk) : Span{}, cuts(cuts), walk(walk) {
     begin = walk.reverse ? walk.end : walk.begin;
   }
+
+  // Whether no run begins within the sequence, so that one can go to any tile.
+  __device__ __forceinline__ bool is_plain() const { return cuts.marks == nullptr; }
+
+  // To the i-th tile of a plain walk; how many there are too few for that, 0 if it exists.
+  __device__ __forceinline__ int go_to(int i) {
+    const int count = (walk.end - walk.begin + kTile - 1) / kTile;
+    begin = walk.begin + (walk.reverse ? max(count - 1 - i, 0) : i) * kTile;
+    size = i < count ? min(walk.end - begin, kTile) : 0;
+    starts = begin == 0;
+    ends = begin + size == cuts.seqlen;
+    return max(i - count + 1, 0);
+  }
+
+  // On by so many; how many of them there are too few.
+  __device__ __forceinline__ int next(int steps) {
+    int missing = 0;
+    for (int step = 0; step < steps; ++step) {
+      next();
+      missing += size == 0;
+    }
+    return missing;
+  }
+
+ private:
+  const Cuts &cuts;
+  const StateWalkOf &walk;
 
   __device__ __forceinline__ void next() {
     if (walk.reverse) {
@@ -62,15 +91,12 @@ struct TilesOfWalk : Span {
       if (begin < walk.end) static_cast<Span &>(*this) = cuts.from(begin);
     }
   }
-
- private:
-  const Cuts &cuts;
-  const StateWalkOf &walk;
 };
 
 // By one warp: what dt and A make of a tile's tokens, of which a lane has two. It is left for the tiles too.
 __device__ __forceinline__ void discretize(const OxiSsdBackward &params, const StateWalkOf &walk, const Discretize &head,
-                                           const Either<Element> (&raw)[2], const Span &tile, Vectors<false> &vectors) {
+                                           const Either<Element> (&raw)[2], const Span &tile, int slot,
+                                           Vectors<false> &vectors) {
   const OxiSsd &p = params.ssd;
   const bool reverse = walk.reverse;
   const int lane = threadIdx.x % kWarp;
@@ -82,7 +108,7 @@ __device__ __forceinline__ void discretize(const OxiSsdBackward &params, const S
   }
   const float total = __shfl_sync(kAllLanes, sum_decays(head, dt, l), kWarp - 1);
   // By one of a head's walks.
-  if (reverse != (params.finds_entry_states != 0) && !p.states_only && walk.slice == 0) {
+  if (reverse != (params.finds_entry_states != 0) && !p.states_only && walk.slice == 0 && walk.column_part == 0) {
     const long long tokens = static_cast<long long>(params.batch) * p.nheads * p.seqlen;
     float *line = params.tokens + (walk.b * p.nheads + walk.head) * p.seqlen + tile.begin + 2 * lane;
 #pragma unroll
@@ -94,7 +120,14 @@ __device__ __forceinline__ void discretize(const OxiSsdBackward &params, const S
       reverse ? scale_factors(fast_exp2(l[0]), fast_exp2(l[1]), Element())
               : scale_factors(dt[0] * fast_exp2(total - l[0]), dt[1] * fast_exp2(total - l[1]), Element());
   if (lane == kWarp - 1) vectors.over_tile = fast_exp2(l[1]);
-  if (lane == 0) vectors.tile = tile;
+  if (lane == 0) vectors.tile = tile, vectors.slot = slot;
+}
+
+// The slot of what the state is before a step over a tile, -1 for none.
+__device__ __forceinline__ int slot_of(const OxiSsdBackward &p, const StateWalkOf &walk, const Cuts &cuts, const Span &tile) {
+  if (p.ssd.states_only || tile.size == 0) return -1;
+  if (walk.reverse) return cuts.has_odd_after(tile) ? -1 : exit_slot(p, tile);
+  return cuts.is_odd(tile) ? -1 : entry_slot(p.ssd, walk.b, tile);
 }
 
 // By one warp of the loads: every kStages-th tile, and the first one of no tokens after the last, for the others to stop at.
@@ -113,11 +146,8 @@ __device__ __forceinline__ void load_walk(const OxiSsdBackwardMapped &mapped, co
   unsigned char *rows = ring.x[warp];
   unsigned parity = 0, landed_parity = 0;
   int missing = 0;
-  for (int steps = warp + 1;; steps = kStages) {
-    for (int step = 0; step < steps; ++step) {
-      tile.next();
-      missing += tile.size == 0;
-    }
+  for (int i = warp, steps = warp + 1;; i += kStages, steps = kStages) {
+    missing = tile.is_plain() ? tile.go_to(i) : missing + tile.next(steps);
     if (missing > 1) break;
     // Under way until the copies are asked for. Past the tile's tokens it is of no use, but there.
     Either<Element> raw[2];
@@ -126,6 +156,7 @@ __device__ __forceinline__ void load_walk(const OxiSsdBackwardMapped &mapped, co
       const int t = min(tile.begin + 2 * lane + e, p.seqlen - 1);
       raw[e] = Either<Element>(p.dt.data, dt_line + t * p.dt.stride[1], p.wide_dt);
     }
+    const int slot = slot_of(mapped.bwd, walk, cuts, tile);
     ring.empty[warp].wait(parity ^ 1);
     parity ^= 1;
     // Past a sequence's end copies give zeros, past a tile's end what is another's.
@@ -136,10 +167,11 @@ __device__ __forceinline__ void load_walk(const OxiSsdBackwardMapped &mapped, co
       copy_box(rows, rows_map, walk.first, walk.head, tile.begin, b, arrived);
 #pragma unroll 1
       for (int slab = 0; slab < kSlabsOfB; ++slab) {
-        copy_box(stage.B + slab * kSlabBytes, columns_map, slab * kSlabColumns, walk.group, tile.begin, b, arrived);
+        const int column = walk.first_column + slab * kSlabColumns;
+        copy_box(stage.B + slab * kSlabBytes, columns_map, column, walk.group, tile.begin, b, arrived);
       }
     }
-    discretize(mapped.bwd, walk, head, raw, tile, ring.vectors[warp]);
+    discretize(mapped.bwd, walk, head, raw, tile, slot, ring.vectors[warp]);
     if (is_cut) {
       __syncwarp();
       arrived.arrive();
@@ -155,12 +187,10 @@ __device__ __forceinline__ void load_walk(const OxiSsdBackwardMapped &mapped, co
 // What a warpgroup with states does with them beside the steps.
 class Walker {
  public:
-  __device__ __forceinline__ Walker(const OxiSsdBackward &p, const StateWalkOf &walk, Storage &storage, const State &state)
+  __device__ __forceinline__ Walker(const OxiSsdBackward &p, const StateWalkOf &walk, Storage &storage)
       : p(p),
         walk(walk),
-        cuts(p, walk.b),
         storage(storage),
-        part(state.group * kPartBytes),
         rows(min(kHeaddim, p.ssd.headdim - walk.first)) {}
 
   // What the segments that were walked before this one add, each decayed over those that follow.
@@ -169,8 +199,12 @@ class Walker {
 #pragma unroll 1
     for (int order = 0; order < walk.order; ++order) {
       const long long added = walk.added(p, order);
-      state.pass_segment(p.ssd, added * p.ssd.slices + walk.slice, p.ssd.segment_decays[added]);
+      state.pass_segment(p.ssd, in_segment(added), p.ssd.segment_decays[added]);
     }
+  }
+  // Where what a segment adds to a head's state has these rows and columns.
+  __device__ __forceinline__ long long in_segment(long long added) const {
+    return (added * p.ssd.slices + walk.slice) * p.column_parts + walk.column_part;
   }
 
   // What a run has before it, in the walk's direction.
@@ -188,12 +222,7 @@ class Walker {
     if (document >= 0) add(state, p.ssd.varlen_states, p.ssd.varlen_dtype, final_row(p.ssd, walk.b, document));
   }
 
-  // The slot of what the state is before a step over a tile, -1 for none; to shared memory with it, and on to that slot: apart,
-  // for the step's products to be under way between them.
-  __device__ __forceinline__ int slot(const Span &tile) const {
-    if (walk.reverse) return cuts.has_odd_after(tile) ? -1 : exit_slot(p, tile);
-    return cuts.is_odd(tile) ? -1 : entry_slot(p.ssd, walk.b, tile);
-  }
+  // To shared memory with it, and on to a slot: apart, for a step's products to be under way between them.
   __device__ __forceinline__ void publish(const State &state) {
     if (elected()) wait_for_bulk_reads<kBuffers - 1>();
     state.wait_for_warpgroup();
@@ -203,9 +232,8 @@ class Walker {
     publish_to_products();
     state.wait_for_warpgroup();
     if (elected()) {
-      constexpr int kBytes = kStateGroups * kPartBytes;
-      unsigned char *to = in_slot(p, walk.reverse, walk.b, slot, walk.head, walk.slice, kBytes) + part;
-      store_bytes(to, storage.state[buffer] + part, kPartBytes);
+      unsigned char *to = in_slot(p, walk.reverse, walk.b, slot, walk.head, walk.slice, p.column_parts * kPartBytes);
+      store_bytes(to + walk.column_part * kPartBytes, storage.state[buffer], kPartBytes);
     }
     buffer = (buffer + 1) % kBuffers;
   }
@@ -233,7 +261,7 @@ class Walker {
     for_documents_ending_at(p.ssd, walk.b, end, [&](long long row, long long initial) {
       if (initial < 0) return;
 #pragma unroll 1
-      for (int i = threadIdx.x; i < rows * kDstate; i += kStateGroups * kWarpgroup) {
+      for (int i = threadIdx.x; i < rows * kDstate; i += kWarpgroup) {
         const int along_headdim = i / kDstate, n = i % kDstate;
         const auto offset = [&](const OxiTensor4 &states, long long row) {
           return walk.state_offset(states, row) + along_headdim * states.stride[2] + n * states.stride[3];
@@ -247,10 +275,8 @@ class Walker {
  private:
   const OxiSsdBackward &p;
   const StateWalkOf &walk;
-  Cuts cuts;
   Storage &storage;
-  // Where this warpgroup's part of a state is, and how many rows there are.
-  int part;
+  // How many there are of the state.
   int rows;
   int buffer = 0;
 
@@ -270,7 +296,7 @@ class Walker {
 
 __device__ __forceinline__ void walk_states(const OxiSsdBackward &p, const StateWalkOf &walk, Storage &storage) {
   State state;
-  Walker walker(p, walk, storage, state);
+  Walker walker(p, walk, storage);
   float decay = 1.0f;
   const bool stores = !p.ssd.states_only;
   if (stores) {
@@ -286,7 +312,7 @@ __device__ __forceinline__ void walk_states(const OxiSsdBackward &p, const State
     }
     if (tile.starts) decay = 0.0f;
     decay *= tiles.step.over_tile;
-    const int slot = stores ? walker.slot(tile) : -1;
+    const int slot = tiles.ring.vectors[tiles.at.stage].slot;
     if (slot >= 0) walker.publish(state);
     state.begin_step(tiles.step, tiles.stage());
     if (slot >= 0) walker.store(state, slot);
@@ -301,8 +327,8 @@ __device__ __forceinline__ void walk_states(const OxiSsdBackward &p, const State
   }
   if (!stores) {
     const long long added = walk.added(p, walk.order);
-    state.store_segment(p.ssd, added * p.ssd.slices + walk.slice);
-    if (walk.slice == 0 && threadIdx.x == 0) p.ssd.segment_decays[added] = decay;
+    state.store_segment(p.ssd, walker.in_segment(added));
+    if (walk.slice == 0 && walk.column_part == 0 && threadIdx.x == 0) p.ssd.segment_decays[added] = decay;
   } else if (walk.reverse && walk.begin == 0) {
     walker.pass_empty_documents(0);
   }
@@ -313,7 +339,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     KERNEL(const __grid_constant__ OxiSsdBackwardMapped mapped) {
   extern __shared__ __align__(1024) unsigned char shared[];
   Storage &storage = *reinterpret_cast<Storage *>(shared);
-  const StateWalkOf walk(mapped.bwd);
+  const StateWalkOf walk(mapped.bwd, kDstate);
   if (threadIdx.x == 0) {
     storage.ring.init();
     publish_to_products();
@@ -326,7 +352,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
   __syncthreads();
   // The same for a warp, which the compiler has to know of products.
   const int warp = __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0);
-  if (warp / 4 < kStateGroups) {
+  if (warp < 4) {
     change_registers<kStateRegisters, kRegisters>();
     walk_states(mapped.bwd, walk, storage);
   } else {

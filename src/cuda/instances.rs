@@ -95,6 +95,9 @@ const HEADDIM: Axis = Axis { define: "HEADDIM", values: &["48", "64"] };
 /// The sizes of a state that models have. Others go with the next larger one.
 const DSTATE: Axis = Axis { define: "DSTATE", values: &["64", "128", "256"] };
 
+/// Columns of the state that a block has, all or half of them.
+const COLUMNS: Axis = Axis { define: "DSTATE", values: &["64", "128"] };
+
 /// Elements of a row of the state that a thread has in registers, an eighth of it.
 const HELD: Axis = Axis { define: "HELD", values: &["4", "8", "16", "32"] };
 
@@ -113,7 +116,7 @@ pub const KERNELS: [Kernel; 22] = number([
     kernel("ssd_bwd_mma_states", &[ELEMENT, DSTATE]),
     kernel("ssd_bwd_parameters", &[]),
     kernel_for("sm_90a", "ssd_bwd_wgmma", &[NARROW_ELEMENT, HEADDIM, DSTATE]),
-    kernel_for("sm_90a", "ssd_bwd_wgmma_states", &[NARROW_ELEMENT, HEADDIM, DSTATE]),
+    kernel_for("sm_90a", "ssd_bwd_wgmma_states", &[NARROW_ELEMENT, HEADDIM, COLUMNS]),
     kernel("ssd_fwd_mma", &[NARROW_ELEMENT, DSTATE]),
     kernel("ssd_fwd_recurrence", &[WIDE_ELEMENT, HELD]),
     kernel_for("sm_90a", "ssd_fwd_wgmma", &[NARROW_ELEMENT, HEADDIM, DSTATE]),

@@ -4,7 +4,7 @@ use super::launch::{Block, Stream, WARP};
 use super::module::CudaDevice;
 use super::params::{
     self, OXI_SSD_SEGMENT_PARTS, OXI_SSD_STATES_SHARED_BYTES, OXI_SSD_TILE, OxiSsd, OxiSsdMapped,
-    Params, SsdMappedStates, SsdRecurrence, VECTOR,
+    SsdMappedStates, SsdRecurrence, VECTOR,
 };
 use crate::dims::SsdDims;
 use crate::error::{Error, Result};
@@ -219,15 +219,11 @@ pub(super) fn have_wgmma(device: &CudaDevice, dtype: DType, dims: &SsdDims) -> b
         && DSTATES.contains(&dims.dstate)
 }
 
-/// A block of one of those kernels P that walk states alone, where two share a multiprocessor if they can. `dstate`: an index
+/// A block of that of those kernels that walks states alone, where two share a multiprocessor if they can. `dstate`: an index
 /// of DSTATES.
-pub(super) fn wgmma_states_block<P: Params>(
-    stream: &Stream,
-    choices: &[usize],
-    dstate: usize,
-) -> Block {
+fn wgmma_states_block(stream: &Stream, choices: &[usize], dstate: usize) -> Block {
     let shared_bytes = match DSTATES[dstate] {
-        256 => stream.shared_bytes::<P>(choices),
+        256 => stream.shared_bytes::<SsdMappedStates>(choices),
         _ => OXI_SSD_STATES_SHARED_BYTES as usize,
     };
     Block { threads: WGMMA_STATES_THREADS[dstate], shared_bytes }
@@ -275,7 +271,7 @@ fn wgmma(
             let block = Block { threads: WGMMA_THREADS, shared_bytes };
             stream.launch(&mapped, &choices, grid, block)
         } else {
-            let block = wgmma_states_block::<SsdMappedStates>(stream, &choices, dstate);
+            let block = wgmma_states_block(stream, &choices, dstate);
             stream.launch(&SsdMappedStates(mapped), &choices, grid, block)
         }
     })

@@ -3,8 +3,8 @@
 use super::launch::{Block, Stream, WARP};
 use super::module::CudaDevice;
 use super::params::{
-    self, OXI_SSD_TILE, OxiSsd, OxiSsdBackward, OxiSsdBackwardMapped, SsdBackwardCuts,
-    SsdBackwardMappedStates, SsdBackwardParameters, SsdBackwardStates, VECTOR,
+    self, OXI_SSD_STATES_SHARED_BYTES, OXI_SSD_TILE, OxiSsd, OxiSsdBackward, OxiSsdBackwardMapped,
+    SsdBackwardCuts, SsdBackwardMappedStates, SsdBackwardParameters, SsdBackwardStates, VECTOR,
 };
 use super::ssd::{self, Results, Slices, Slots, WGMMA_ROWS_OF_WARP, WGMMA_THREADS};
 use crate::dims::SsdDims;
@@ -14,8 +14,11 @@ use crate::tensor::{DType, View};
 
 const TILE: usize = OXI_SSD_TILE as usize;
 
-/// Of the kernels with wgmma: blocks that share a window's tiles, by DSTATES.
+/// Of the kernels with wgmma: blocks that share a window's tiles, by DSTATES. Threads of a block that walks states, of which
+/// so many share a multiprocessor.
 const WGMMA_BLOCKS_OF_WINDOW: [usize; 3] = [1, 1, 2];
+const WGMMA_STATES_THREADS: usize = 256;
+const WGMMA_STATES_BLOCKS: usize = 2;
 /// Of those with mma.sync: a block's threads, and rows of the state that it has at most; sizeof(Shared), of 16-bit elements and
 /// of fp32, for states by DSTATES.
 const MMA_THREADS: usize = 256;
@@ -86,7 +89,7 @@ fn wgmma(
     gradients: &SsdGradients,
     workspaces: &SsdWorkspaces,
     dy: &View<4>,
-    params: OxiSsdBackward,
+    mut params: OxiSsdBackward,
 ) -> Result<()> {
     let part = ssd::wgmma_part(inputs.dims.headdim);
     let dstate = ssd::rounded(inputs.dims.dstate);
@@ -100,10 +103,20 @@ fn wgmma(
         dx: stream.tensor_map(&gradients.dx, WGMMA_ROWS_OF_WARP)?,
         ..Default::default()
     };
-    let block = ssd::wgmma_states_block::<SsdBackwardMappedStates>(stream, &choices, dstate);
+    let dims = inputs.dims;
+    let directions = 1 + params.finds_entry_states as usize;
+    let walks = dims.batch * directions * dims.nheads * params.ssd.slices as usize;
+    let room = WGMMA_STATES_BLOCKS * stream.device.multiprocessors as usize;
+    // A state's columns are shared by two blocks if it has more than one can have, or where walks leave room for twice as many.
+    let has_few = workspaces.segments.is_some() || walks < room;
+    let parts = if dims.dstate > 128 || (dims.dstate == 128 && has_few) { 2 } else { 1 };
+    params.column_parts = parts as i32;
+    let shared_bytes = OXI_SSD_STATES_SHARED_BYTES as usize;
+    let block = Block { threads: WGMMA_STATES_THREADS, shared_bytes };
+    let of_walk = [choices[0], choices[1], (dims.dstate / parts == 128).into()];
     let params = walk_states(inputs, workspaces, params, |bwd, blocks| {
         let params = SsdBackwardMappedStates(OxiSsdBackwardMapped { bwd, ..mapped });
-        stream.launch(&params, &choices, [blocks, 1, 1], block)
+        stream.launch(&params, &of_walk, [blocks, 1, 1], block)
     })?;
     let shared_bytes = stream.shared_bytes::<OxiSsdBackwardMapped>(&choices);
     let block = Block { threads: WGMMA_THREADS, shared_bytes };
@@ -153,7 +166,8 @@ fn walk_states(
 ) -> Result<OxiSsdBackward> {
     let dims = inputs.dims;
     let directions = 1 + params.finds_entry_states as usize;
-    let blocks = dims.batch * directions * dims.nheads * params.ssd.slices as usize;
+    let parts = (params.ssd.slices * params.column_parts) as usize;
+    let blocks = dims.batch * directions * dims.nheads * parts;
     let mut segments = 1;
     if let Some(view) = &workspaces.segments {
         let elements = ssd::state_elements(dims.headdim, dims.dstate);
@@ -210,6 +224,7 @@ fn params_of(
         windows: windows as i32,
         document_slots: slots.of_documents() as i32,
         exit_slots: params::size("cu_seqlens", "ndocs", slots.of_exits())?,
+        column_parts: 1,
         finds_entry_states: workspaces.entry_states.is_none().into(),
         batch: params::size("x", "batch", dims.batch)?,
         ngroups: dims.ngroups as i32,
