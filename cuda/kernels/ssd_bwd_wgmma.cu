@@ -39,9 +39,9 @@
 //
 // Barriers: full[stage], empty[stage]: of a unit, its copies and vectors; copies come to `landed` first where a tile's rows
 // have to be cleared. kept_empty[kept stage]: dY and the vectors, which dX needs to its end; the rest of a unit it leaves
-// before. states_full[stage]: H and G are those at the tile's ends. P_full by the warpgroup for dX whose unit it is, P_empty.
-// group_full, group_empty: a tile's B and C. dCB_full, dCB_empty. results_full[stage], results_empty[stage]: a unit's sums, in
-// the first block; a second one has the latter too, of the first one's. From the other block, S_full, S_empty: a tile's S;
+// before. states_full[stage]: H and G are those at the tile's ends. P_full by the warpgroup for dX whose unit it is, dCB_full,
+// P_empty of both. group_full, group_empty: a tile's B and C. results_full[stage], results_empty[stage]: a unit's sums, in the
+// first block; a second one has the latter too, of the first one's. From the other block, S_full, S_empty: a tile's S;
 // received_full[stage]: a unit's I.
 //
 // A document's tokens are multiplied with nothing of another's: a tile is of one run, rows past its tokens are zeros.
@@ -254,7 +254,6 @@ struct Storage {
   Barrier group_full;
   Barrier group_empty;
   Barrier dCB_full;
-  Barrier dCB_empty;
   Barrier results_full[kStages];
   Barrier results_empty[kStages];
   Exchange<kParts> exchange;
@@ -278,7 +277,6 @@ struct Storage {
     group_full.init(kWarp);
     group_empty.init((2 + kDxGroups) * kWarpgroup);
     dCB_full.init(kWarpgroup);
-    dCB_empty.init(kWarpgroup);
     exchange.init();
   }
 };
@@ -327,9 +325,9 @@ class UnitPosition {
   // Which warpgroup for dX has the unit, and the parity of barriers that each of them has.
   __device__ __forceinline__ int dx_group() const { return units() % kDxGroups; }
   __device__ __forceinline__ unsigned parity_of_dx_group() const { return units() / kDxGroups % 2; }
-  // Of barriers that each unit has, that each tile has.
-  __device__ __forceinline__ unsigned parity_of_units() const { return count % 2; }
+  // Of barriers that each tile has, that each unit has and, with dCB, each tile too.
   __device__ __forceinline__ unsigned parity_of_tiles() const { return count / kTileBit; }
+  __device__ __forceinline__ unsigned parity_of_P() const { return count % 2 ^ parity_of_tiles(); }
 
   __device__ __forceinline__ unsigned units() const { return count % kTileBit; }
   __device__ __forceinline__ void advance() { ++count; }
@@ -537,8 +535,6 @@ __device__ __forceinline__ void multiply_pairs(Work &work, Storage &storage) {
     }
 #pragma unroll
     for (int i = 0; i < kTile / 2; ++i) dCB[i] = 0.0f;
-    // What was dCB of the tile before.
-    storage.dCB_empty.wait(at.parity_of_tiles() ^ 1);
     const auto store_operand = [&](auto word) __attribute__((always_inline)) {
       const int lane = lane_now();
 #pragma unroll
@@ -565,7 +561,7 @@ __device__ __forceinline__ void multiply_pairs(Work &work, Storage &storage) {
       keep_in_place(dM);
       unsigned P[kTile / 16][4];
       decay_products(dM, storage, vectors, warp, P, dCB, K_columns, diagonal, K_rows);
-      storage.P_empty.wait(at.parity_of_units() ^ 1);
+      storage.P_empty.wait(at.parity_of_P() ^ 1);
       store_operand([&](int k, int i) { return P[k][i]; });
       storage.P_full[at.dx_group()].arrive();
       if (work.has_whole()) {
@@ -590,7 +586,7 @@ __device__ __forceinline__ void multiply_pairs(Work &work, Storage &storage) {
     });
     storage.group_empty.arrive();
     storage.exchange.release_S();
-    storage.P_empty.wait(at.parity_of_units() ^ 1);
+    storage.P_empty.wait(at.parity_of_P() ^ 1);
     store_operand([&](int k, int i) { return join(dCB[8 * k + 2 * i], dCB[8 * k + 2 * i + 1], Element()); });
     storage.dCB_full.arrive();
     at.end_tile();
@@ -924,26 +920,38 @@ __device__ __forceinline__ void sum_outer(Work &work, Storage &storage) {
     wait_for_products<0>();
     keep_in_place(dC);
     keep_in_place(dB);
-    storage.dCB_empty.arrive();
     storage.group_empty.arrive();
+    // By way of where dCB was, a warp its own rows of a slab at a time, so that whole lines leave.
+    synchronize_warpgroup(0);
     const auto store = [&](const OxiTensor4 &tensor, const float (&sums)[kColumns / 2]) __attribute__((always_inline)) {
-      const int lane = lane_now(), row = 16 * warp + lane / 4;
+      const int lane = lane_now(), row = 16 * warp + lane / 8, chunk = lane % 8;
       Element *to = static_cast<Element *>(tensor.data) + unknown(work.b) * tensor.stride[0] +
                     unknown(work.group) * tensor.stride[2] + unknown(tile.begin + row) * tensor.stride[1] +
-                    work.first_slab() * kSlabColumns + 2 * (lane % 4);
+                    work.first_slab() * kSlabColumns + 8 * chunk;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if (row + 8 * half < tile.size) {
+      for (int slab = 0; slab < kSlabsOfPart; ++slab) {
+        __syncwarp();
 #pragma unroll
-          for (int j = 0; j < kColumns / 8; ++j) {
-            const float *pair = sums + 4 * j + 2 * half;
-            *reinterpret_cast<unsigned *>(to + 8 * half * tensor.stride[1] + 8 * j) = join(pair[0], pair[1], Element());
+        for (int j = 0; j < kSlabColumns / 8; j += 2) {
+          unsigned words[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float *pair = sums + slab * (kSlabColumns / 2) + 4 * j + 2 * i;
+            words[i] = join(pair[0], pair[1], Element());
           }
+          store_blocks(shared_address(storage.P) + slab_offset(16 * warp + lane % 16, j + lane / 16), words);
+        }
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < 16; i += 4) {
+          const uint4 words = *reinterpret_cast<const uint4 *>(storage.P + slab_offset(row + i, chunk));
+          if (row + i < tile.size) *reinterpret_cast<uint4 *>(to + i * tensor.stride[1] + slab * kSlabColumns) = words;
         }
       }
     };
     store(p.dC, dC);
     store(p.dB, dB);
+    storage.P_empty.arrive();
     at.end_tile();
   });
 }

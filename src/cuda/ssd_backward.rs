@@ -46,7 +46,7 @@ pub fn fits(
 ) -> bool {
     ssd::have_wgmma(device, dtype, dims)
         && mapped.into_iter().all(ssd::is_mapped)
-        && dense.into_iter().all(|view| params::is_dense(view, 2))
+        && dense.into_iter().all(|view| params::is_dense(view, VECTOR / dtype.size()))
 }
 
 /// Of sizes that were checked.
