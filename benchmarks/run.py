@@ -197,8 +197,10 @@ class Bench:
         """How long the host is busy with a call; of a backward, what a call adds to what autograd itself takes."""
         if which == "fwd":
             return timing.host_us(forward(op, call, tensors, gradients), self.device, self.effort)
+        # Loops as long as those of a forward.
+        effort = self.effort._replace(host_calls=max(1, self.effort.host_calls // CALLS_OF_A_BACKWARD))
         one, none = (
-            timing.host_us(backward(op, each, tensors, gradients, CALLS_OF_A_BACKWARD), self.device, self.effort)
+            timing.host_us(backward(op, each, tensors, gradients, CALLS_OF_A_BACKWARD), self.device, effort)
             for each in (call, nothing(call, tensors))
         )
         return (one - none) / CALLS_OF_A_BACKWARD

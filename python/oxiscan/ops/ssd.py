@@ -199,9 +199,11 @@ def mamba_chunk_scan_combined(
     by wgmma; `python -m oxiscan.info` lists which arguments meet which. float32 goes token by token, its gradients in
     tiles.
 
-    Between forward and backward only the arguments are kept. Backward has, on CUDA, for as long as it runs, two states
-    of x's dtype for every 64 tokens of a head, by wgmma for every 128 unless compiled by torch.compile; with
-    initial_states or gradients of varlen_states also for every document.
+    Between forward and backward the arguments are kept and, on CUDA where wgmma serves a call with gradients, a headdim
+    other than 80, not compiled by torch.compile, for every 128 tokens of a head a state of x's dtype: less time in all
+    than to find them again. Backward has, on CUDA, for as long as it runs, as many gradients of states, and where none
+    were kept as many states besides; in calls that wgmma does not serve, or compiled ones, for every 64 tokens. With
+    initial_states, or gradients of varlen_states, there is one more for every document.
 
     Args:
         x: (batch, seqlen, nheads, headdim), float32, bfloat16, float16 or on the CPU float64, any strides.
@@ -226,8 +228,7 @@ def mamba_chunk_scan_combined(
             (float64 for float64). Differentiable.
         return_varlen_states: with cu_seqlens, also return the state after each document's last token, (ndocs, nheads,
             headdim, dstate) in state_dtype; a document without tokens gives its initial state. Differentiable.
-        state_dtype: the dtype of states that are stored, C's dtype if left out: here varlen_states, as no states are
-            kept between forward and backward.
+        state_dtype: the dtype of states that are returned in C's dtype if it is left out: varlen_states.
 
     Returns:
         out, of x's shape and dtype; with the flags (out, final_states), (out, varlen_states) or
