@@ -82,7 +82,7 @@ constexpr int kDxColumns = kParts == 1 ? kHeaddim : kSlabColumns;
 constexpr int kOwnColumns = kDxColumns / kParts;
 constexpr int kHeaddimSteps = kHeaddim / 16;
 
-// Which of them this block is; not kept in a register.
+// Which part of a window's blocks this one is; not kept in a register.
 __device__ __forceinline__ int part_now() { return blockIdx.x % kParts; }
 
 struct Unit {
@@ -121,7 +121,7 @@ struct alignas(8) Results {
   float K_rows[4][kTile];
   float K_columns[kTile];
   float PM[kTile];
-  // r, q.
+  // r, then q.
   float of_states[2][kParts][kTile];
   float dt[kTile];
   float slope[kTile];
