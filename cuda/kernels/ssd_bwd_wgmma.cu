@@ -720,7 +720,12 @@ __device__ __forceinline__ void find_dX(const OxiSsdBackwardMapped &mapped, Work
       storage.states_full[at.stage()].wait(at.parity());
       wait_for_parts(storage.results_empty[at.stage()], at.parity() ^ 1);
       // C H^T for r, B G^T for q, which becomes I: the same code, as there is too much of it.
-      float I[kDxColumns / 2];
+      float I[kDxColumns / 2], sums[2];
+      const auto put_sums = [&](int of_q) __attribute__((always_inline)) {
+        each_own_row(warp, [&](int i, int row) {
+          put(results.of_states[of_q][part_now()][row], sums[i], storage.results_full[at.stage()]);
+        });
+      };
 #pragma unroll 1
       for (int of_q = 0; of_q < 2; ++of_q) {
         Rows<kHeaddimSteps> rows;
@@ -732,11 +737,8 @@ __device__ __forceinline__ void find_dX(const OxiSsdBackwardMapped &mapped, Work
         keep_in_place(I);
 #pragma unroll
         for (int i = 0; i < kDxColumns / 2; ++i) I[i] *= decays[i / 2 % 2];
-        float sums[2];
         dot_rows(I, rows, sums);
-        each_own_row(warp, [&](int i, int row) {
-          put(results.of_states[of_q][part_now()][row], sums[i], storage.results_full[at.stage()]);
-        });
+        if (kParts == 1 || !of_q) put_sums(of_q);
       }
       if (work.has_whole()) {
         each_own_row(warp, [&](int, int row) {
@@ -744,14 +746,18 @@ __device__ __forceinline__ void find_dX(const OxiSsdBackwardMapped &mapped, Work
           results.slope[row] = vectors.tokens[row].slope;
         });
       }
-      if (work.has_whole()) storage.results_full[at.stage()].arrive();
+      if (kParts == 1) storage.results_full[at.stage()].arrive();
       // What remains to be done takes a third of the time: the next states, or B and C, come meanwhile.
       storage.empty[at.stage()].arrive();
       if (at.units() + kDxGroups >= end) storage.group_empty.arrive();
       float E[kOwnColumns / 2];
-      // The other block has read what was sent to this stage before: what it made of that was waited for above.
+      // The other block has read what was sent to this stage before: it gives q only then, which was waited for above.
       storage.exchange.share(I, E, at.stage());
       storage.exchange.complete(E, at.stage(), at.parity());
+      if constexpr (kParts > 1) {
+        put_sums(1);
+        if (work.has_whole()) storage.results_full[at.stage()].arrive();
+      }
       keep_in_place(E);
       // The first one of this block's columns, in steps of 16.
       const int first_step = part_now() * (kOwnColumns / 16);
