@@ -39,31 +39,25 @@ struct Barrier {
   // How long a thread sleeps at most before it looks again: often, and it takes time from others.
   static constexpr int kNanoseconds = 1000000;
 
+// By the scope of what is waited for, which has to stand in the instruction's text.
+#define OXI_MBARRIER_WAIT(scope)                                                              \
+  asm volatile(                                                                               \
+      "{\n"                                                                                   \
+      ".reg .pred done;\n"                                                                    \
+      "again:\n"                                                                              \
+      "mbarrier.try_wait.parity.acquire." scope ".shared::cta.b64 done, [%0], %1, %2;\n"      \
+      "@!done bra again;\n"                                                                   \
+      "}" ::"r"(shared_address(&word)),                                                       \
+      "r"(parity), "n"(kNanoseconds)                                                          \
+      : "memory")
+
   // Wait for the end of the phase of this parity: 0 for the first one, 1 for the second, and so on.
-  __device__ __forceinline__ void wait(unsigned parity) {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.shared.b64 done, [%0], %1, %2;\n"
-        "@!done bra again;\n"
-        "}" ::"r"(shared_address(&word)),
-        "r"(parity), "n"(kNanoseconds)
-        : "memory");
-  }
+  __device__ __forceinline__ void wait(unsigned parity) { OXI_MBARRIER_WAIT("cta"); }
 
   // The same where what other blocks of the cluster did or sent is waited for.
-  __device__ __forceinline__ void wait_for_cluster(unsigned parity) {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1, %2;\n"
-        "@!done bra again;\n"
-        "}" ::"r"(shared_address(&word)),
-        "r"(parity), "n"(kNanoseconds)
-        : "memory");
-  }
+  __device__ __forceinline__ void wait_for_cluster(unsigned parity) { OXI_MBARRIER_WAIT("cluster"); }
+
+#undef OXI_MBARRIER_WAIT
 };
 
 // Whether this thread is the one of its warp to ask for copies: of one that is chosen like this the compiler knows that it is

@@ -1067,7 +1067,7 @@ __device__ __forceinline__ void load_units(const OxiSsdBackwardMapped &mapped, W
 __device__ __forceinline__ void keep_time(Work &work, Storage &storage) {
   const OxiSsd &p = work.p.ssd;
   const int lane = threadIdx.x % kWarp;
-  const long long tokens = static_cast<long long>(work.p.batch) * p.nheads * p.seqlen;
+  const long long all_tokens = static_cast<long long>(work.p.batch) * p.nheads * p.seqlen;
   UnitPosition at;
   work.each_tile([&](const Span &tile) __attribute__((always_inline)) {
     const Work::Source source = work.source(tile);
@@ -1081,8 +1081,8 @@ __device__ __forceinline__ void keep_time(Work &work, Storage &storage) {
         const auto load = [&](const Span &tile, float &dt, float &l) {
           const float *own = line + tile.begin + min(2 * lane + i, tile.size - 1);
           dt = 2 * lane + i < tile.size ? own[0] : 0.0f;
-          l = own[tokens];
-          return own[2 * tokens];
+          l = own[all_tokens];
+          return own[2 * all_tokens];
         };
         slope[i] = load(tile, dt[i], l[i]);
         load(other, other_dt[i], other_l[i]);

@@ -224,14 +224,14 @@ class Walker {
 
   // To shared memory with it, and on to a slot: apart, for a step's products to be under way between them.
   __device__ __forceinline__ void publish(const State &state) {
-    if (elected()) wait_for_bulk_reads<kBuffers - 1>();
+    if (is_first()) wait_for_bulk_reads<kBuffers - 1>();
     state.wait_for_warpgroup();
     state.publish(storage.state[buffer]);
   }
   __device__ __forceinline__ void store(const State &state, int slot) {
     publish_to_products();
     state.wait_for_warpgroup();
-    if (elected()) {
+    if (is_first()) {
       unsigned char *to = in_slot(p, walk.reverse, walk.b, slot, walk.head, walk.slice, p.column_parts * kPartBytes);
       store_bytes(to + walk.column_part * kPartBytes, storage.state[buffer], kPartBytes);
     }
@@ -240,7 +240,7 @@ class Walker {
 
   // Stay until all that is to go out was read.
   __device__ __forceinline__ void finish() const {
-    if (elected()) wait_for_bulk_reads<0>();
+    if (is_first()) wait_for_bulk_reads<0>();
   }
 
   // In reverse: the gradients of initial states of the run that begins with a tile, and of the documents without tokens that
@@ -280,7 +280,7 @@ class Walker {
   int rows;
   int buffer = 0;
 
-  __device__ __forceinline__ static bool elected() { return threadIdx.x % kWarpgroup == 0; }
+  __device__ __forceinline__ static bool is_first() { return threadIdx.x % kWarpgroup == 0; }
 
   __device__ __forceinline__ void add(State &state, const OxiTensor4 &states, int dtype, long long row) const {
     const long long first = walk.state_offset(states, row);

@@ -170,11 +170,7 @@ pub(super) fn launch(
         return wgmma(stream, dtype, inputs, results, segments);
     }
     if results.gate.is_none() && results.entry_states.is_some() {
-        return Err(Error::Value {
-            arg: "entry_states",
-            got: "a tensor".into(),
-            allowed: "None, unless kernels with wgmma serve the call".into(),
-        });
+        return Err(unserved_entry_states());
     }
     if dtype == DType::F32 {
         recurrence(stream, inputs, results, segments)
@@ -235,6 +231,15 @@ fn is_dense(view: &View<4>) -> bool {
 }
 pub(super) fn is_mapped(view: &View<4>) -> bool {
     is_dense(view) && params::can_be_mapped(view)
+}
+
+/// Only kernels with wgmma keep the states that enter tiles, and read them.
+pub fn unserved_entry_states() -> Error {
+    Error::Value {
+        arg: "entry_states",
+        got: "a tensor".into(),
+        allowed: "None, unless kernels with wgmma serve the call".into(),
+    }
 }
 
 fn wgmma(

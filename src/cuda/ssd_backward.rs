@@ -104,11 +104,9 @@ fn wgmma(
         ..Default::default()
     };
     let dims = inputs.dims;
-    let directions = 1 + params.finds_entry_states as usize;
-    let walks = dims.batch * directions * dims.nheads * params.ssd.slices as usize;
     let room = WGMMA_STATES_BLOCKS * stream.device.multiprocessors as usize;
     // A state's columns are shared by two blocks if it has more than one can have, or where walks leave room for twice as many.
-    let has_few = workspaces.segments.is_some() || walks < room;
+    let has_few = workspaces.segments.is_some() || walks(inputs, &params) < room;
     let parts = if dims.dstate > 128 || (dims.dstate == 128 && has_few) { 2 } else { 1 };
     params.column_parts = parts as i32;
     let shared_bytes = OXI_SSD_STATES_SHARED_BYTES as usize;
@@ -156,6 +154,12 @@ fn tile_blocks(inputs: &SsdInputs) -> usize {
     dims.batch * windows(dims.seqlen) * dims.ngroups
 }
 
+/// How many walks there are along each sequence or segment: of gradients and, unless they were kept, of states.
+fn walks(inputs: &SsdInputs, params: &OxiSsdBackward) -> usize {
+    let directions = 1 + params.finds_entry_states as usize;
+    inputs.dims.batch * directions * inputs.dims.nheads * params.ssd.slices as usize
+}
+
 /// Launch the walks along whole sequences or, with a workspace for it, over segments of them: what each but the last adds
 /// first. The params that go with that.
 fn walk_states(
@@ -165,9 +169,7 @@ fn walk_states(
     launch: impl Fn(OxiSsdBackward, usize) -> Result<()>,
 ) -> Result<OxiSsdBackward> {
     let dims = inputs.dims;
-    let directions = 1 + params.finds_entry_states as usize;
-    let parts = (params.ssd.slices * params.column_parts) as usize;
-    let blocks = dims.batch * directions * dims.nheads * parts;
+    let blocks = walks(inputs, &params) * params.column_parts as usize;
     let mut segments = 1;
     if let Some(view) = &workspaces.segments {
         let elements = ssd::state_elements(dims.headdim, dims.dstate);

@@ -262,11 +262,7 @@ impl SsdWorkspaces {
         let found = if entry_states.is_some() { 0 } else { slots.of_entries() };
         let state_count = dims.batch * (slots.of_exits() + found) * dims.nheads;
         if entry_states.is_some() && !fits {
-            return Err(Error::Value {
-                arg: "entry_states",
-                got: "a tensor".into(),
-                allowed: "None, unless kernels with wgmma serve the call".into(),
-            });
+            return Err(cuda::ssd::unserved_entry_states());
         }
         let rows = dims.batch * windows;
         let columns = dims.nheads * (2 + gradients.dD_columns());

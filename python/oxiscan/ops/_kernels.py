@@ -274,16 +274,21 @@ ssd_backward = _register(
 )
 
 
+def _is_traced() -> bool:
+    """What `call` in `_register` asks too, there without a call of its own."""
+    return is_dynamo_compiling() or bool(_dispatch_modes() and _traces())
+
+
 def ssd_backward_slot_tokens(*tensors: Tensor) -> int:
     """What `_C` says of these tensors; in a trace, where they have no memory yet, what is enough for any."""
-    if is_dynamo_compiling() or (_dispatch_modes() and _traces()):
+    if _is_traced():
         return 64
     return _C._ssd_backward_slot_tokens(*tensors)
 
 
 def ssd_keeps_states(x: Tensor, B: Tensor, C: Tensor, z: Tensor | None, out: Tensor) -> bool:
     """What `_C` says of these tensors; not in a trace, where they have no memory yet."""
-    if not x.is_cuda or is_dynamo_compiling() or (_dispatch_modes() and _traces()):
+    if not x.is_cuda or _is_traced():
         return False
     return _C._ssd_keeps_states(x, B, C, z, out)
 
