@@ -44,8 +44,18 @@ __device__ inline float column_sum(const float *partials, int rows, long long co
   const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   float sum = 0.0f;
   if (first + lane < columns) {
-#pragma unroll 8
-    for (int row = warp; row < rows; row += warps) sum += partials[row * columns + first + lane];
+    // Rows whose loads are under way together.
+    constexpr int kAtOnce = 8;
+    for (int row = warp; row < rows; row += kAtOnce * warps) {
+      float own[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int other = row + i * warps;
+        own[i] = other < rows ? partials[other * columns + first + lane] : 0.0f;
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) sum += own[i];
+    }
   }
   sums[warp][lane] = sum;
   __syncthreads();

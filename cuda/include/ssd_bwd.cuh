@@ -15,6 +15,9 @@
 namespace oxi {
 
 // The tiles of a sequence, from marks. A thread reads what it needs, so that all threads of a block can ask the same.
+//
+// Where a sequence is one run, they begin at multiples of 64, and segments at some of 128: few instructions, which matters as
+// those that a block comes to once a tile come late.
 struct Cuts {
   const unsigned long long *marks;
   const int *run_starts;
@@ -31,9 +34,10 @@ struct Cuts {
 
   // The tile that begins with this token, as a tile or a segment does; a size of 0 at the sequence's end.
   __device__ __forceinline__ Span from(int begin) const {
-    const int end_of_segment = min(begin / segment_tokens * segment_tokens, seqlen - segment_tokens) + segment_tokens;
-    Span tile{begin, max(min(min(end_of_segment, seqlen) - begin, OXI_SSD_TILE), 0), begin == 0, false};
+    Span tile{begin, max(min(seqlen - begin, OXI_SSD_TILE), 0), begin == 0, false};
     if (marks != nullptr && tile.size > 0) {
+      const int end_of_segment = min(begin / segment_tokens * segment_tokens, seqlen - segment_tokens) + segment_tokens;
+      tile.size = min(end_of_segment - begin, tile.size);
       tile.starts = begins(begin);
       // Bit i: a run begins with token begin + 1 + i.
       const int word = (begin + 1) / OXI_SSD_TILE, shift = (begin + 1) % OXI_SSD_TILE;
@@ -48,6 +52,7 @@ struct Cuts {
 
   // The tile that ends before this token, from 1 on, where a tile does.
   __device__ __forceinline__ Span before(int end) const {
+    if (marks == nullptr) return from((end - 1) / OXI_SSD_TILE * OXI_SSD_TILE);
     const int anchor = last_cut(end - 1);
     return from(anchor + (end - 1 - anchor) / OXI_SSD_TILE * OXI_SSD_TILE);
   }
@@ -55,33 +60,33 @@ struct Cuts {
   // Where the first tile begins that begins in a window, or after the window if none does.
   __device__ __forceinline__ int first_in(int window) const {
     const int begin = window * OXI_SSD_TILE;
+    if (marks == nullptr) return begin;
     const int anchor = last_cut(begin);
     const int next = anchor + (begin - anchor + OXI_SSD_TILE - 1) / OXI_SSD_TILE * OXI_SSD_TILE;
-    const int run = marks == nullptr ? 0 : __ffsll(static_cast<long long>(marks[window]));
+    const int run = __ffsll(static_cast<long long>(marks[window]));
     return run > 0 ? min(next, begin + run - 1) : next;
   }
 
   // Whether a tile is an odd one, counted from where a run or a segment begins.
   __device__ __forceinline__ bool is_odd(const Span &tile) const {
+    if (marks == nullptr) return tile.begin / OXI_SSD_TILE % 2 != 0;
     return (tile.begin - last_cut(tile.begin)) / OXI_SSD_TILE % 2 != 0;
   }
 
   // Whether an odd tile follows an even one.
   __device__ __forceinline__ bool has_odd_after(const Span &tile) const {
-    return !tile.ends && !is_odd(tile) && (tile.begin + tile.size) % segment_tokens != 0;
+    if (tile.ends || is_odd(tile)) return false;
+    return marks == nullptr || (tile.begin + tile.size) % segment_tokens != 0;
   }
 
  private:
   __device__ __forceinline__ bool begins(int t) const { return marks[t / OXI_SSD_TILE] >> t % OXI_SSD_TILE & 1; }
 
-  // The last token up to this one with which a run or a segment begins.
+  // The last token up to this one with which a run or a segment begins, where there are marks.
   __device__ __forceinline__ int last_cut(int t) const {
-    int run = 0;
-    if (marks != nullptr) {
-      const int window = t / OXI_SSD_TILE;
-      const unsigned long long up_to = marks[window] << (OXI_SSD_TILE - 1 - t % OXI_SSD_TILE);
-      run = up_to != 0 ? t - __clzll(static_cast<long long>(up_to)) : run_starts[window];
-    }
+    const int window = t / OXI_SSD_TILE;
+    const unsigned long long up_to = marks[window] << (OXI_SSD_TILE - 1 - t % OXI_SSD_TILE);
+    const int run = up_to != 0 ? t - __clzll(static_cast<long long>(up_to)) : run_starts[window];
     return max(run, t / segment_tokens * segment_tokens);
   }
 };

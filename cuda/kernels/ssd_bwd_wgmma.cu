@@ -22,27 +22,30 @@
 //
 // Warpgroups, whose products are of rows s, but those with C of rows t:
 //
-//   pairs     S, transposed, to shared memory; of a unit dM^T, P^T, which goes to shared memory, sums of K. dCB^T is in
-//             registers and goes, rounded, where P^T was after the last unit.
+//   pairs     S, transposed, to shared memory; of a unit dM^T, P^T, which goes to shared memory, sums of K; dM's diagonal,
+//             for dD. dCB^T is in registers and goes, rounded, where S was after the last unit.
 //   dX        two of them, each with every other unit: H or G from the other tile; C H^T, r, I, q, E, dX.
 //   outer     dC and dB, in registers: of a unit dY 2^l and X dt 2^(l[end] - l), scaled in registers, times the states; after
 //             the last unit what dCB adds. <G, H>.
-//   others    a warp each: copies; the clock (what dt and A make of a unit); dD; da and ddt.
+//   others    a warp each: copies; the clock (what dt and A make of a unit); dD, if a head has more than one; da and ddt.
 //
-// What bounds it is the time between instructions of a warp, also until more of its code comes: hence many warps, each with a
-// part of a unit or with every other one, and little code.
+// What bounds it is the way of a unit's stage: copies, the state from the other tile, then dX's and outer's products with
+// states, until it is free for the next copies. On that way warps wait for one another's accesses to shared memory, which is
+// busy two thirds of the time, and for more of their code: hence many warps, each with a part of a unit or with every other
+// one, little code, and no access that can be done without.
 //
 // Sums over dstate of a cluster's blocks, which are in step but for what stages allow: of S each sends all of its part to the
 // other, so that both have the whole; of I what is of the other's columns of dX, from where E and dX are of a block's own
 // columns alone. The sums r, q and <G, H> are linear in those over dstate: both blocks' go to the first one, which also has
 // what is not of a part: K, dD, da and ddt.
 //
-// Barriers: full[stage], empty[stage]: of a unit, its copies and vectors; copies come to `landed` first where a tile's rows
-// have to be cleared. kept_empty[kept stage]: dY and the vectors, which dX needs to its end; the rest of a unit it leaves
-// before. states_full[stage]: H and G are those at the tile's ends. P_full by the warpgroup for dX whose unit it is, dCB_full,
-// P_empty of both. group_full, group_empty: a tile's B and C. results_full[stage], results_empty[stage]: a unit's sums, in the
-// first block; a second one has the latter too, of the first one's. From the other block, S_full, S_empty: a tile's S;
-// received_full[stage]: a unit's I.
+// Barriers: other_full[stage]: what the state at one of a unit's ends is found from; full[stage]: its other copies; of both
+// the vectors. empty[stage]: a unit has left. Copies come to `landed` first where a tile's rows have to be cleared.
+// kept_empty[kept stage]: dY and the vectors, which dX needs to its end; the rest of a unit it leaves before.
+// states_full[stage]: H and G are those at the tile's ends. P_full by the warpgroup for dX whose unit it is, P_empty. dCB_full:
+// dCB is where S was; dCB_empty: dC and dB, which come there after it, have left. group_full, group_empty: a tile's B and C.
+// results_full[stage], results_empty[stage]: a unit's sums, in the first block; a second one has the latter too, of the first
+// one's. From the other block, S_full, S_empty: a tile's S; received_full[stage]: a unit's I.
 //
 // A document's tokens are multiplied with nothing of another's: a tile is of one run, rows past its tokens are zeros.
 //
@@ -93,13 +96,12 @@ struct Unit {
   unsigned char other[kSlabBytes];
 };
 
-// A token: l, dt, the decays to the tile's end and from its start; dt's derivative.
-struct Token {
+// A token: l, dt, the decays to the tile's end and from its start.
+struct alignas(16) Token {
   float l;
   float dt;
   float leaving;
   float entering;
-  float slope;
 };
 
 // What dt and A make of a unit.
@@ -116,17 +118,15 @@ struct UnitVectors {
 };
 
 // A unit's sums, by token: rows of K by the warp that has them; without dt, columns of K, the same with the diagonal, and q;
-// r, and with them dt and its derivative. Parts of <G, H> and, of one value a head, dD.
+// r; the diagonal of dM, whose sum is dD where a head has one. Parts of <G, H>.
 struct alignas(8) Results {
   float K_rows[4][kTile];
   float K_columns[kTile];
   float PM[kTile];
   // r, then q.
   float of_states[2][kParts][kTile];
-  float dt[kTile];
-  float slope[kTile];
+  float dM_diagonal[kTile];
   float GH[kParts][kWarp];
-  float dD[8];
 
   // What of it a window's blocks send.
   static constexpr int kSentBytes = sizeof(of_states) + sizeof(GH);
@@ -158,7 +158,7 @@ struct Exchange {
   __device__ __forceinline__ void init() {
     for (Barrier &barrier : received_full) barrier.init(kWarpgroup);
     S_full.init(kWarpgroup);
-    // The other block's warps for pairs.
+    // The other block's warps for outer.
     S_empty.init(kWarpgroup / kWarp);
   }
 
@@ -179,7 +179,7 @@ struct Exchange {
       if (i / 2 >= warp) add(&S[4 * i], kept.at(warp, i / 2, i % 2));
     }
   }
-  // No longer read here.
+  // By the threads for outer, when nothing is left where it was.
   __device__ __forceinline__ void release_S() {
     __syncwarp();
     if (threadIdx.x % kWarp == 0) S_empty.arrive_in(1 - part_now());
@@ -237,13 +237,18 @@ struct Storage {
   unsigned char C[kSlabsOfPart * kSlabBytes];
   // C of the other tile where G is to be found, B where H is.
   unsigned char other[kSlabsOfPart * kSlabBytes];
-  // P^T, at last dCB^T.
+  // P^T.
   unsigned char P[kSlabBytes];
   // A slab for each warpgroup or, of two blocks' halves of the columns, one for both.
   unsigned char dx[kDxGroups / kParts][kSlabBytes];
-  Products S;
+  // After a tile's last unit dCB^T is where S was, then dC and dB on their way out.
+  union alignas(1024) {
+    Products S;
+    unsigned char dCB[kSlabBytes];
+  };
   UnitVectors vectors[kKeptStages];
   Results results[kStages];
+  Barrier other_full[kStages];
   Barrier full[kStages];
   Barrier empty[kStages];
   Barrier kept_empty[kKeptStages];
@@ -254,19 +259,21 @@ struct Storage {
   Barrier group_full;
   Barrier group_empty;
   Barrier dCB_full;
+  Barrier dCB_empty;
   Barrier results_full[kStages];
   Barrier results_empty[kStages];
   Exchange<kParts> exchange;
 
   // By one thread.
-  __device__ __forceinline__ void init() {
+  __device__ __forceinline__ void init(bool sums_dD) {
     for (int i = 0; i < kStages; ++i) {
       // Copies and clock.
+      other_full[i].init(2 * kWarp);
       full[i].init(2 * kWarp);
       // Those for pairs, dX, of which one has the unit, and outer; dD's warp.
-      empty[i].init(3 * kWarpgroup + (part_now() == 0 ? kWarp : 0));
+      empty[i].init(3 * kWarpgroup + (sums_dD ? kWarp : 0));
       states_full[i].init(kWarpgroup);
-      results_full[i].init(3 * kWarpgroup + kWarp);
+      results_full[i].init(3 * kWarpgroup);
       // All lanes that read them, or one for them from another block.
       results_empty[i].init(part_now() == 0 ? kWarp : 1);
     }
@@ -277,6 +284,7 @@ struct Storage {
     group_full.init(kWarp);
     group_empty.init((2 + kDxGroups) * kWarpgroup);
     dCB_full.init(kWarpgroup);
+    dCB_empty.init(kWarpgroup);
     exchange.init();
   }
 };
@@ -325,9 +333,9 @@ class UnitPosition {
   // Which warpgroup for dX has the unit, and the parity of barriers that each of them has.
   __device__ __forceinline__ int dx_group() const { return units() % kDxGroups; }
   __device__ __forceinline__ unsigned parity_of_dx_group() const { return units() / kDxGroups % 2; }
-  // Of barriers that each tile has, that each unit has and, with dCB, each tile too.
+  // Of barriers that each tile has, and that each unit has.
   __device__ __forceinline__ unsigned parity_of_tiles() const { return count / kTileBit; }
-  __device__ __forceinline__ unsigned parity_of_P() const { return count % 2 ^ parity_of_tiles(); }
+  __device__ __forceinline__ unsigned parity_of_units() const { return count % 2; }
 
   __device__ __forceinline__ unsigned units() const { return count % kTileBit; }
   __device__ __forceinline__ void advance() { ++count; }
@@ -350,6 +358,8 @@ class Work {
   // The first one of the slabs of columns that this block has of B, C and states; whether what is not of a part is its.
   __device__ __forceinline__ static int first_slab() { return part_now() * kSlabsOfPart; }
   __device__ __forceinline__ static bool has_whole() { return part_now() == 0; }
+  // Whether this block has a sum for each row of dD to find.
+  __device__ __forceinline__ bool sums_dD() const { return p.dD_columns > 1 && has_whole(); }
 
   // Call visit(tile) for each tile, without_tiles() for each window in which none begins.
   template <typename Visit, typename Otherwise>
@@ -441,6 +451,22 @@ __device__ __forceinline__ unsigned keep_until_here(const unsigned (&operands)[N
   return all & blockIdx.y;
 }
 
+// A product of 16 rows and 16 columns. What is on its diagonal 8 lanes have, each of row lane / 4 and of the one 8 rows on.
+struct Square {
+  float left[4] = {}, right[4] = {};
+
+  __device__ __forceinline__ void add(const Block &a, const Block &b) {
+    mma(left, a.word, b.word[0], b.word[1], Element());
+    mma(right, a.word, b.word[2], b.word[3], Element());
+  }
+
+  __device__ static __forceinline__ bool has_diagonal(int lane) { return lane / 8 == lane % 4; }
+  __device__ __forceinline__ float2 diagonal(int lane) const {
+    const bool odd = lane / 4 % 2;
+    return make_float2(odd ? left[1] : left[0], odd ? right[3] : right[2]);
+  }
+};
+
 // The sum over a row's four lanes.
 __device__ __forceinline__ float sum_of_row(float value) {
   value += __shfl_xor_sync(kAllLanes, value, 1);
@@ -464,16 +490,17 @@ __device__ __forceinline__ float2 sum_of_columns(float (&values)[16], int lane) 
 }
 
 // dM^T becomes P^T, an operand; dCB^T grows. Sums of dM P over the columns of a thread's two rows, without the diagonal and on
-// it; of K by column over its rows.
+// it, where also dM is wanted; of K by column over its rows.
 __device__ __forceinline__ void decay_products(const float (&dM)[kTile / 2], const Storage &storage, const UnitVectors &vectors,
                                                int warp, unsigned (&P)[kTile / 16][4], float (&dCB)[kTile / 2],
-                                               float (&K_columns)[2], float (&diagonal)[2], float (&K_rows)[16]) {
+                                               float (&K_columns)[2], float (&diagonal)[2], float (&dM_diagonal)[2],
+                                               float (&K_rows)[16]) {
   const int lane = lane_now();
   const int row = lane / 4;
   const Token *tokens = vectors.tokens + 16 * warp + row;
   const float l_s[2] = {tokens[0].l, tokens[8].l}, dt[2] = {tokens[0].dt, tokens[8].dt};
 #pragma unroll
-  for (int i = 0; i < 2; ++i) K_columns[i] = diagonal[i] = 0.0f;
+  for (int i = 0; i < 2; ++i) K_columns[i] = diagonal[i] = dM_diagonal[i] = 0.0f;
 #pragma unroll
   for (int k = 0; k < kTile / 16; ++k) {
     if (k < warp) {
@@ -500,7 +527,7 @@ __device__ __forceinline__ void decay_products(const float (&dM)[kTile / 2], con
       values[i] = S[i] * decay;
       dCB[8 * k + i] = fmaf(dM[8 * k + i] * decay, dt[half], dCB[8 * k + i]);
       const float all = dM[8 * k + i] * values[i], K = is_on ? 0.0f : all;
-      if (is_on) diagonal[half] = all;
+      if (is_on) diagonal[half] = all, dM_diagonal[half] = dM[8 * k + i];
       K_columns[half] += K;
       sums[column] = fmaf(K, dt[half], sums[column]);
     }
@@ -527,6 +554,7 @@ __device__ __forceinline__ void multiply_pairs(Work &work, Storage &storage) {
     end_of_products();
     wait_for_products<0>();
     keep_in_place(dCB);
+    storage.dCB_empty.wait(at.parity_of_tiles() ^ 1);
     storage.exchange.complete_S(dCB, storage.S, warp, at.parity_of_tiles());
 #pragma unroll
     for (int i = 0; i < kTile / 8; ++i) {
@@ -535,14 +563,14 @@ __device__ __forceinline__ void multiply_pairs(Work &work, Storage &storage) {
     }
 #pragma unroll
     for (int i = 0; i < kTile / 2; ++i) dCB[i] = 0.0f;
-    const auto store_operand = [&](auto word) __attribute__((always_inline)) {
+    const auto store_operand = [&](unsigned char *slab, auto word) __attribute__((always_inline)) {
       const int lane = lane_now();
 #pragma unroll
       for (int k = 0; k < kTile / 16; ++k) {
         unsigned words[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) words[i] = word(k, i);
-        store_blocks(shared_address(storage.P) + slab_offset(16 * warp + lane % 16, 2 * k + lane / 16), words);
+        store_blocks(shared_address(slab) + slab_offset(16 * warp + lane % 16, 2 * k + lane / 16), words);
       }
       publish_to_products();
     };
@@ -551,7 +579,7 @@ __device__ __forceinline__ void multiply_pairs(Work &work, Storage &storage) {
       const Unit &own = storage.units[at.stage()];
       const UnitVectors &vectors = storage.vectors[at.kept_stage()];
       Results &results = storage.results[at.stage()];
-      float dM[kTile / 2], K_columns[2], diagonal[2], K_rows[16];
+      float dM[kTile / 2], K_columns[2], diagonal[2], dM_diagonal[2], K_rows[16];
       const unsigned x = operand_at(own.x, 0), dy = operand_at(storage.dy[at.kept_stage()], 0);
       products_begin();
 #pragma unroll
@@ -560,9 +588,9 @@ __device__ __forceinline__ void multiply_pairs(Work &work, Storage &storage) {
       wait_for_products<0>();
       keep_in_place(dM);
       unsigned P[kTile / 16][4];
-      decay_products(dM, storage, vectors, warp, P, dCB, K_columns, diagonal, K_rows);
-      storage.P_empty.wait(at.parity_of_P() ^ 1);
-      store_operand([&](int k, int i) { return P[k][i]; });
+      decay_products(dM, storage, vectors, warp, P, dCB, K_columns, diagonal, dM_diagonal, K_rows);
+      storage.P_empty.wait(at.parity_of_units() ^ 1);
+      store_operand(storage.P, [&](int k, int i) { return P[k][i]; });
       storage.P_full[at.dx_group()].arrive();
       if (work.has_whole()) {
         if (kParts > 1 && threadIdx.x == 0) storage.results_full[at.stage()].expect(Results::kSentBytes);
@@ -578,6 +606,7 @@ __device__ __forceinline__ void multiply_pairs(Work &work, Storage &storage) {
             results.K_columns[t] = column;
             results.PM[t] = with_diagonal;
           }
+          if (Square::has_diagonal(lane)) results.dM_diagonal[t] = dM_diagonal[i];
         }
         storage.results_full[at.stage()].arrive();
       }
@@ -585,9 +614,9 @@ __device__ __forceinline__ void multiply_pairs(Work &work, Storage &storage) {
       at.advance();
     });
     storage.group_empty.arrive();
-    storage.exchange.release_S();
-    storage.P_empty.wait(at.parity_of_P() ^ 1);
-    store_operand([&](int k, int i) { return join(dCB[8 * k + 2 * i], dCB[8 * k + 2 * i + 1], Element()); });
+    // Until all of these threads have read S.
+    synchronize_warpgroup(1);
+    store_operand(storage.dCB, [&](int k, int i) { return join(dCB[8 * k + 2 * i], dCB[8 * k + 2 * i + 1], Element()); });
     storage.dCB_full.arrive();
     at.end_tile();
   });
@@ -708,7 +737,7 @@ __device__ __forceinline__ void find_dX(const OxiSsdBackwardMapped &mapped, Work
         at.advance();
         return;
       }
-      storage.full[at.stage()].wait(at.parity());
+      storage.other_full[at.stage()].wait(at.parity());
       Unit &own = storage.units[at.stage()];
       const unsigned char *dy = storage.dy[at.kept_stage()];
       const UnitVectors &vectors = storage.vectors[at.kept_stage()];
@@ -718,9 +747,10 @@ __device__ __forceinline__ void find_dX(const OxiSsdBackwardMapped &mapped, Work
       }
       storage.states_full[at.stage()].arrive();
       storage.states_full[at.stage()].wait(at.parity());
+      storage.full[at.stage()].wait(at.parity());
       wait_for_parts(storage.results_empty[at.stage()], at.parity() ^ 1);
-      // C H^T for r, B G^T for q, which becomes I: the same code, as there is too much of it.
-      float I[kDxColumns / 2], sums[2];
+      // C H^T for r, B G^T for q, which I is made of: the same code, as there is too much of it.
+      float I[kDxColumns / 2], sums[2] = {};
       const auto put_sums = [&](int of_q) __attribute__((always_inline)) {
         each_own_row(warp, [&](int i, int row) {
           put(results.of_states[of_q][part_now()][row], sums[i], storage.results_full[at.stage()]);
@@ -735,16 +765,10 @@ __device__ __forceinline__ void find_dX(const OxiSsdBackwardMapped &mapped, Work
         const float decays[2] = {of_q ? tokens[0].leaving : tokens[0].entering, of_q ? tokens[8].leaving : tokens[8].entering};
         wait_for_products<0>();
         keep_in_place(I);
-#pragma unroll
-        for (int i = 0; i < kDxColumns / 2; ++i) I[i] *= decays[i / 2 % 2];
         dot_rows(I, rows, sums);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) sums[i] *= decays[i];
         if (kParts == 1 || !of_q) put_sums(of_q);
-      }
-      if (work.has_whole()) {
-        each_own_row(warp, [&](int, int row) {
-          results.dt[row] = vectors.tokens[row].dt;
-          results.slope[row] = vectors.tokens[row].slope;
-        });
       }
       if (kParts == 1) storage.results_full[at.stage()].arrive();
       // What remains to be done takes a third of the time: the next states, or B and C, come meanwhile.
@@ -757,6 +781,12 @@ __device__ __forceinline__ void find_dX(const OxiSsdBackwardMapped &mapped, Work
       if constexpr (kParts > 1) {
         put_sums(1);
         if (work.has_whole()) storage.results_full[at.stage()].arrive();
+      }
+      {
+        const Token *tokens = vectors.tokens + 16 * warp + lane_now() / 4;
+        const float leaving[2] = {tokens[0].leaving, tokens[8].leaving};
+#pragma unroll
+        for (int i = 0; i < kOwnColumns / 2; ++i) E[i] *= leaving[i / 2 % 2];
       }
       keep_in_place(E);
       // The first one of this block's columns, in steps of 16.
@@ -828,22 +858,6 @@ __device__ __forceinline__ void find_dX(const OxiSsdBackwardMapped &mapped, Work
   if (threadIdx.x % kWarp == 0) wait_for_bulk_reads<0>();
 }
 
-// A product of 16 rows and 16 columns. What is on its diagonal 8 lanes have, each of row lane / 4 and of the one 8 rows on.
-struct Square {
-  float left[4] = {}, right[4] = {};
-
-  __device__ __forceinline__ void add(const Block &a, const Block &b) {
-    mma(left, a.word, b.word[0], b.word[1], Element());
-    mma(right, a.word, b.word[2], b.word[3], Element());
-  }
-
-  __device__ static __forceinline__ bool has_diagonal(int lane) { return lane / 8 == lane % 4; }
-  __device__ __forceinline__ float2 diagonal(int lane) const {
-    const bool odd = lane / 4 % 2;
-    return make_float2(odd ? left[1] : left[0], odd ? right[3] : right[2]);
-  }
-};
-
 // <G, H> of a warp's 16 rows, where a lane has something on the diagonal of G H^T.
 __device__ __forceinline__ float multiply_states(const Unit &own, int warp) {
   if (16 * warp >= kHeaddim) return 0.0f;
@@ -914,7 +928,7 @@ __device__ __forceinline__ void sum_outer(Work &work, Storage &storage) {
     });
     storage.group_full.wait(at.parity_of_tiles());
     storage.dCB_full.wait(at.parity_of_tiles());
-    const unsigned dCB = operand_at(storage.P, 0);
+    const unsigned dCB = operand_at(storage.dCB, 0);
     const unsigned B = operand_at(storage.B, kSlabBytes), C = operand_at(storage.C, kSlabBytes);
     products_begin();
 #pragma unroll
@@ -945,19 +959,20 @@ __device__ __forceinline__ void sum_outer(Work &work, Storage &storage) {
             const float *pair = sums + slab * (kSlabColumns / 2) + 4 * j + 2 * i;
             words[i] = join(pair[0], pair[1], Element());
           }
-          store_blocks(shared_address(storage.P) + slab_offset(16 * warp + lane % 16, j + lane / 16), words);
+          store_blocks(shared_address(storage.dCB) + slab_offset(16 * warp + lane % 16, j + lane / 16), words);
         }
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < 16; i += 4) {
-          const uint4 words = *reinterpret_cast<const uint4 *>(storage.P + slab_offset(row + i, chunk));
+          const uint4 words = *reinterpret_cast<const uint4 *>(storage.dCB + slab_offset(row + i, chunk));
           if (row + i < tile.size) *reinterpret_cast<uint4 *>(to + i * tensor.stride[1] + slab * kSlabColumns) = words;
         }
       }
     };
     store(p.dC, dC);
     store(p.dB, dB);
-    storage.P_empty.arrive();
+    storage.dCB_empty.arrive();
+    storage.exchange.release_S();
     at.end_tile();
   });
 }
@@ -1032,14 +1047,21 @@ __device__ __forceinline__ void load_units(const OxiSsdBackwardMapped &mapped, W
       Unit &own = storage.units[at.stage()];
       unsigned char *dy = storage.dy[at.kept_stage()];
       Barrier &arrived = is_cut ? storage.landed : storage.full[at.stage()];
+      Barrier &other_arrived = is_cut ? storage.landed : storage.other_full[at.stage()];
       if (elected()) {
         const int first = slice * p.ssd.slice_step;
-        arrived.expect((source == Work::kSlots ? 2 : 3) * kSlabBytes + ((entry >= 0) + (exit >= 0)) * kStateBytes);
-        copy_box(own.x, mapped.x, first, head, tile.begin, work.b, arrived);
+        if (source != Work::kSlots) {
+          const bool of_G = source == Work::kFindsG, has_slot = (of_G ? exit : entry) >= 0;
+          other_arrived.expect(kSlabBytes + has_slot * kStateBytes);
+          copy_box(own.other, other_rows, first, head, other.begin, work.b, other_arrived);
+          if (has_slot) copy_bytes(of_G ? own.G : own.H, of_G ? G : H, kStateBytes, other_arrived);
+        }
+        const bool copies_G = exit >= 0 && source != Work::kFindsG, copies_H = entry >= 0 && source != Work::kFindsH;
+        arrived.expect(2 * kSlabBytes + (copies_G + copies_H) * kStateBytes);
         copy_box(dy, mapped.dy, first, head, tile.begin, work.b, arrived);
-        if (source != Work::kSlots) copy_box(own.other, other_rows, first, head, other.begin, work.b, arrived);
-        if (exit >= 0) copy_bytes(own.G, G, kStateBytes, arrived);
-        if (entry >= 0) copy_bytes(own.H, H, kStateBytes, arrived);
+        copy_box(own.x, mapped.x, first, head, tile.begin, work.b, arrived);
+        if (copies_H) copy_bytes(own.H, H, kStateBytes, arrived);
+        if (copies_G) copy_bytes(own.G, G, kStateBytes, arrived);
       }
       // A slot's heads lie behind one another.
       G += kParts * kStateBytes;
@@ -1053,6 +1075,7 @@ __device__ __forceinline__ void load_units(const OxiSsdBackwardMapped &mapped, W
         clear_past(own.other, other);
       }
       if (is_cut || entry < 0 || exit < 0) publish_to_products();
+      storage.other_full[at.stage()].arrive();
       storage.full[at.stage()].arrive();
       at.advance();
       // After the first unit, as the tile before may need its own for longer.
@@ -1075,16 +1098,15 @@ __device__ __forceinline__ void keep_time(Work &work, Storage &storage) {
     work.each_unit([&](int head, int slice) __attribute__((always_inline)) {
       // While the stage is not free yet. Of a lane's two tokens; past a tile's, dt is 0 and l that of its last one.
       const float *line = work.p.tokens + (static_cast<long long>(work.b) * p.nheads + head) * p.seqlen;
-      float dt[2], l[2], slope[2], other_dt[2], other_l[2], D[2];
+      float dt[2], l[2], other_dt[2], other_l[2], D[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const auto load = [&](const Span &tile, float &dt, float &l) {
           const float *own = line + tile.begin + min(2 * lane + i, tile.size - 1);
           dt = 2 * lane + i < tile.size ? own[0] : 0.0f;
           l = own[all_tokens];
-          return own[2 * all_tokens];
         };
-        slope[i] = load(tile, dt[i], l[i]);
+        load(tile, dt[i], l[i]);
         load(other, other_dt[i], other_l[i]);
         const int row = slice * p.slice_step + 2 * lane + i;
         D[i] = p.D.data == nullptr || row >= p.headdim
@@ -1098,7 +1120,7 @@ __device__ __forceinline__ void keep_time(Work &work, Storage &storage) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const float entering = fast_exp2(l[i]), leaving = fast_exp2(total - l[i]);
-        tokens[i] = {l[i], dt[i], leaving, entering, slope[i]};
+        tokens[i] = {l[i], dt[i], leaving, entering};
         factors[i] = scale_factors(dt[i] * leaving, dt[i] * leaving, Element());
       }
       const float over_tile = fast_exp2(total);
@@ -1128,13 +1150,14 @@ __device__ __forceinline__ void keep_time(Work &work, Storage &storage) {
       }
       vectors.other.leaving[by_column(2 * lane) / 2] = other_factors;
       if (lane == 0) vectors.over_tile = over_tile, vectors.other.over_tile = over_other;
+      storage.other_full[at.stage()].arrive();
       storage.full[at.stage()].arrive();
       at.advance();
     });
   });
 }
 
-// By one warp: dD, the diagonal of dY^T X.
+// By one warp: dD, where it has a row for each of headdim, the diagonal of dY^T X.
 __device__ __forceinline__ void sum_dD(Work &work, Storage &storage) {
   const OxiSsdBackward &p = work.p;
   UnitPosition at;
@@ -1142,28 +1165,21 @@ __device__ __forceinline__ void sum_dD(Work &work, Storage &storage) {
     work.each_unit([&](int head, int slice) __attribute__((always_inline)) {
       storage.full[at.stage()].wait(at.parity());
       const int lane = lane_now();
-      float sum = 0.0f;
-      if (p.dD_columns > 0) {
-        const Blocks dy(reinterpret_cast<const Element *>(storage.dy[at.kept_stage()]), kSlabColumns, Order::ALONG);
-        const Blocks x(reinterpret_cast<const Element *>(storage.units[at.stage()].x), kSlabColumns);
+      const Blocks dy(reinterpret_cast<const Element *>(storage.dy[at.kept_stage()]), kSlabColumns, Order::ALONG);
+      const Blocks x(reinterpret_cast<const Element *>(storage.units[at.stage()].x), kSlabColumns);
 #pragma unroll 1
-        for (int row = 0; row < kHeaddim; row += 16) {
-          Square square;
+      for (int row = 0; row < kHeaddim; row += 16) {
+        Square square;
 #pragma unroll
-          for (int t = 0; t < kTile; t += 16) square.add(dy.load_transposed(t, row), x.load_transposed(t, row));
-          const float2 diagonal = square.diagonal(lane);
-          sum += diagonal.x + diagonal.y;
-          if (p.dD_columns > 1 && Square::has_diagonal(lane)) {
-            const int first = slice * p.ssd.slice_step + row + lane / 4;
-            const int column = 2 * p.ssd.nheads + head * p.dD_columns + first;
-            if (first < p.ssd.headdim) work.add(column, diagonal.x);
-            if (first + 8 < p.ssd.headdim) work.add(column + 8, diagonal.y);
-          }
+        for (int t = 0; t < kTile; t += 16) square.add(dy.load_transposed(t, row), x.load_transposed(t, row));
+        const float2 diagonal = square.diagonal(lane);
+        if (Square::has_diagonal(lane)) {
+          const int first = slice * p.ssd.slice_step + row + lane / 4;
+          const int column = 2 * p.ssd.nheads + head * p.dD_columns + first;
+          if (first < p.ssd.headdim) work.add(column, diagonal.x);
+          if (first + 8 < p.ssd.headdim) work.add(column + 8, diagonal.y);
         }
       }
-      storage.results_empty[at.stage()].wait(at.parity() ^ 1);
-      if (Square::has_diagonal(lane)) storage.results[at.stage()].dD[lane / 4] = sum;
-      storage.results_full[at.stage()].arrive();
       storage.empty[at.stage()].arrive();
       at.advance();
     });
@@ -1175,13 +1191,22 @@ __device__ __forceinline__ void finish_heads(Work &work, Storage &storage) {
   const OxiSsdBackward &params = work.p;
   const OxiSsd &p = params.ssd;
   const int lane = threadIdx.x % kWarp;
+  const long long all_tokens = static_cast<long long>(params.batch) * p.nheads * p.seqlen;
   UnitPosition at;
   const auto finish = [&](const Span &tile) __attribute__((always_inline)) {
 #pragma unroll 1
     for (int i = 0; i < work.heads(); ++i) {
       const int head = work.first_head() + i;
-      float2 dl = {}, EX = {}, q = {}, dt, slope;
-      float by_lane[2] = {};
+      float2 dl = {}, EX = {}, q = {};
+      float dt[2], slope[2], by_lane[2] = {};
+      // Under way until a unit's sums are there.
+      const float *line = params.tokens + (static_cast<long long>(work.b) * p.nheads + head) * p.seqlen + tile.begin;
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int t = min(2 * lane + j, tile.size - 1);
+        dt[j] = line[t];
+        slope[j] = line[t + 2 * all_tokens];
+      }
       const auto pair = [&](const float *values) { return *reinterpret_cast<const float2 *>(values + 2 * lane); };
       const auto add = [](float2 &sum, float2 value) { sum.x += value.x, sum.y += value.y; };
 #pragma unroll 1
@@ -1193,9 +1218,7 @@ __device__ __forceinline__ void finish_heads(Work &work, Storage &storage) {
         for (int warp = 0; warp < 4; ++warp) add(dl, pair(results.K_rows[warp]));
         const float2 columns = pair(results.K_columns);
         float2 own_q = pair(results.of_states[1][0]);
-        dt = pair(results.dt);
-        slope = pair(results.slope);
-        add(dl, make_float2(-dt.x * columns.x, -dt.y * columns.y));
+        add(dl, make_float2(-dt[0] * columns.x, -dt[1] * columns.y));
         add(dl, pair(results.of_states[0][0]));
         if constexpr (kParts > 1) {
           add(own_q, pair(results.of_states[1][1]));
@@ -1204,9 +1227,10 @@ __device__ __forceinline__ void finish_heads(Work &work, Storage &storage) {
         }
         add(EX, pair(results.PM));
         add(EX, own_q);
-        add(q, make_float2(dt.x * own_q.x, dt.y * own_q.y));
+        add(q, make_float2(dt[0] * own_q.x, dt[1] * own_q.y));
         by_lane[0] += results.GH[0][lane];
-        if (lane < 8) by_lane[1] += results.dD[lane];
+        const float2 diagonal = pair(results.dM_diagonal);
+        by_lane[1] += diagonal.x + diagonal.y;
         storage.results_empty[stage].arrive();
         if constexpr (kParts > 1) {
           __syncwarp();
@@ -1236,11 +1260,11 @@ __device__ __forceinline__ void finish_heads(Work &work, Storage &storage) {
       for (int j = 0; j < 2; ++j) {
         const int t = 2 * lane + j;
         if (t >= tile.size) continue;
-        const float ddt = j == 0 ? (EX.x + A * da[0]) * slope.x : (EX.y + A * da[1]) * slope.y;
+        const float ddt = ((j == 0 ? EX.x : EX.y) + A * da[j]) * slope[j];
         const long long offset = unknown(work.b) * params.ddt.stride[0] +
                                  (tile.begin + t) * params.ddt.stride[1] + head * params.ddt.stride[2];
         store_scalar(params.ddt.data, params.wide_ddt ? OXI_F32 : kDtype<Element>, offset, ddt);
-        sums[0] = fmaf(j == 0 ? dt.x : dt.y, da[j], sums[0]);
+        sums[0] = fmaf(dt[j], da[j], sums[0]);
         sums[1] += ddt;
       }
       warp_sum(sums);
@@ -1275,7 +1299,7 @@ extern "C" __global__ void OXI_CLUSTER __launch_bounds__(kThreads, 1)
   Storage &storage = *reinterpret_cast<Storage *>(shared);
   Work work(mapped.bwd);
   if (threadIdx.x == 0) {
-    storage.init();
+    storage.init(work.sums_dD());
     publish_to_products();
     if constexpr (kParts > 1) publish_barriers();
   }
@@ -1309,12 +1333,10 @@ extern "C" __global__ void OXI_CLUSTER __launch_bounds__(kThreads, 1)
       load_units(mapped, work, storage);
     } else if (warp == 17) {
       keep_time(work, storage);
+    } else if (warp == 18) {
+      if (work.sums_dD()) sum_dD(work, storage);
     } else if (work.has_whole()) {
-      if (warp == 18) {
-        sum_dD(work, storage);
-      } else {
-        finish_heads(work, storage);
-      }
+      finish_heads(work, storage);
     }
   }
   if constexpr (kParts > 1) synchronize_cluster();
