@@ -1,11 +1,16 @@
 """Every CUDA kernel under NVIDIA's compute-sanitizer: `python tests/sanitizer.py [TOOL...]`, all four tools by default.
 
-Prints a line for each tool, with the end of its report where it found something; the exit status says whether one did.
+Prints a line for each tool, with its report where it found something; the exit status says whether one did. In
+one process a tool takes more than nine minutes; `--jobs N` runs N of them at once, `--ops` leaves ops out.
+
 The calls compare nothing, `pytest --device cuda` does that. Arguments are made on the CPU and copied, with the memory
 that surrounds them, so that no kernels run but this package's: the tools slow those down alone, and initcheck, which
-takes memory for uninitialised that a kernel it does not see has written, needs no filter.
+takes memory for uninitialised that a kernel it does not see has written, needs no filter. It does not follow what bulk
+copies write either: states that the scan's kernels leave for one another lie in memory filled with zeros here, and that
+all that is read of them was written is for the tests to show, where memory holds NaN first.
 """
 
+import argparse
 import itertools
 import os
 import shutil
@@ -13,13 +18,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 import oxiscan
+from oxiscan.ops import ssd
 from oxiscan.testing import inputs
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -214,6 +223,26 @@ def passings() -> Iterator[Call]:
         yield passing("contiguous", False, dtype=BF16, **{empty: 0})
 
 
+@contextmanager
+def filled_states() -> Iterator[None]:
+    """Fill the memory of states that the scan's kernels leave for one another with zeros, for initcheck."""
+
+    def kept_states(*arguments: Any) -> Tensor | None:
+        states = own_kept_states(*arguments)
+        return states if states is None else states.zero_()
+
+    def workspaces(*arguments: Any) -> Any:
+        result = own_workspaces(*arguments)
+        states = result[0][1]
+        if states is not None:
+            states.zero_()
+        return result
+
+    own_kept_states, own_workspaces = ssd.kept_states, ssd.backward_workspaces
+    with mock.patch.object(ssd, "kept_states", kept_states), mock.patch.object(ssd, "backward_workspaces", workspaces):
+        yield
+
+
 def scan(view: str, bounds: tuple[int, ...] | None = None, rows: int = 1, **sizes: Any) -> Call:
     """With cu_seqlens if there are `bounds`, and `rows` of initial states then."""
 
@@ -226,16 +255,17 @@ def scan(view: str, bounds: tuple[int, ...] | None = None, rows: int = 1, **size
             tensors["initial_states"] = states["initial_states"]
         arguments = {name: on_gpu(VIEWS[view](t)) for name, t in tensors.items()}
         leaves = [t.requires_grad_() for t in arguments.values() if t.is_floating_point()]
-        outputs = oxiscan.mamba_chunk_scan_combined(
-            **arguments,
-            chunk_size=64,
-            dt_softplus=True,
-            return_final_states=True,
-            return_varlen_states=bounds is not None,
-        )
-        gradient = inputs.normal(*tensors["x"].shape, dtype=sizes["dtype"], device=CPU)
-        gradients = [on_gpu(VIEWS[view](gradient)), *(torch.randn_like(t) for t in outputs[1:])]
-        torch.autograd.grad(outputs, leaves, gradients, allow_unused=True)
+        with filled_states():
+            outputs = oxiscan.mamba_chunk_scan_combined(
+                **arguments,
+                chunk_size=64,
+                dt_softplus=True,
+                return_final_states=True,
+                return_varlen_states=bounds is not None,
+            )
+            gradient = inputs.normal(*tensors["x"].shape, dtype=sizes["dtype"], device=CPU)
+            gradients = [on_gpu(VIEWS[view](gradient)), *(torch.randn_like(t) for t in outputs[1:])]
+            torch.autograd.grad(outputs, leaves, gradients, allow_unused=True)
 
     return f"mamba_chunk_scan_combined {view} {bounds} {rows} {sizes}", call
 
@@ -278,48 +308,92 @@ CALLS: dict[str, Callable[[], Iterator[Call]]] = {
 }
 
 
-def make_calls() -> None:
-    """All calls, each announced, so that a report's end says which one it is about."""
-    for calls in CALLS.values():
-        for name, call in calls():
-            print(name, flush=True)
-            call()
-            torch.cuda.synchronize()
+def make_calls(ops: list[str], share: int, shares: int) -> None:
+    """Every call of these ops that is in a share, announced, so that a report says which one it is about."""
+    every = itertools.chain.from_iterable(CALLS[op]() for op in ops)
+    for name, call in itertools.islice(every, share, None, shares):
+        print(name, flush=True)
+        call()
+        torch.cuda.synchronize()
+    # Its thread has left the calls' graphs then: it takes the interpreter's lock for that, and aborts if that is gone.
+    one = torch.ones(1, device="cuda", requires_grad=True)
+    torch.autograd.grad(one * 1, one, torch.ones_like(one))
 
 
 def command(sanitizer: str, tool: str) -> list[str]:
-    options = ["--tool", tool, "--error-exitcode", "1", "--print-limit", "20"]
+    """What runs a Python program under a tool."""
+    options = ["--tool", tool, "--error-exitcode", "1", "--print-limit", "20", "--show-backtrace", "device"]
     known = subprocess.run([sanitizer, "--help"], capture_output=True, text=True).stdout
     if tool == "memcheck" and "--padding" in known:
         options += ["--padding", "512"]  # between allocations, which would hide an access past the end of one
-    return [sanitizer, *options, sys.executable, __file__, "--calls"]
+    return [sanitizer, *options, sys.executable, __file__]
+
+
+def report(output: str) -> str:
+    """What a tool has found, with the names of the calls, or how the program failed."""
+    lines = output.splitlines()
+    before = itertools.chain([""], lines)
+    found = [
+        f"{name}\n{line}" if name.startswith(tuple(CALLS)) else line
+        for name, line in zip(before, lines, strict=False)
+        if line.startswith("=========")
+    ]
+    return "\n".join(found[:60] + lines[-20:])
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tools", nargs="*", metavar="TOOL", help=f"of {', '.join(TOOLS)}; all if none is named")
+    parser.add_argument("--ops", default=",".join(CALLS), help="public ops, with commas; all by default")
+    parser.add_argument("--jobs", type=int, default=1, help="how many processes have a share of the calls each")
+    parser.add_argument("--share", type=int, help="make the calls of one share here, under no tool")
+    options = parser.parse_args()
+    options.ops = options.ops.split(",")
+    for name, values, allowed in (("TOOL", options.tools, TOOLS), ("--ops", options.ops, CALLS)):
+        unknown = [value for value in values if value not in allowed]
+        if unknown:
+            parser.error(f"{name}: got {unknown[0]}; allowed: {', '.join(allowed)}")
+    if options.jobs < 1:
+        parser.error(f"--jobs: got {options.jobs}; allowed: 1 and more")
+    return options
 
 
 def main() -> int:
-    if sys.argv[1:] == ["--calls"]:
-        make_calls()
+    options = arguments()
+    if options.share is not None:
+        make_calls(options.ops, options.share, options.jobs)
         return 0
-    tools = sys.argv[1:] or TOOLS
-    unknown = [tool for tool in tools if tool not in TOOLS]
     sanitizer = shutil.which("compute-sanitizer")
-    if unknown or sanitizer is None:
-        print(f"got {unknown[0]}; allowed: {', '.join(TOOLS)}" if unknown else "no compute-sanitizer on PATH")
+    if sanitizer is None:
+        print("no compute-sanitizer on PATH")
         return 2
     found = False
-    for tool in tools:
-        begin = time.monotonic()
-        # An allocation each, so that the end of a tensor is the end of its memory.
-        environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    # An allocation each, so that the end of a tensor is the end of its memory.
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.jobs)))
+
+    def run(program: list[str], share: int) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            command(sanitizer, tool), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+            [*program, "--share", str(share)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=environment,
         )
-        seconds = time.monotonic() - begin
-        if done.returncode == 0:
-            print(f"{tool}: clean ({seconds:.0f} s)", flush=True)
-        else:
-            found = True
-            report = "\n".join(done.stdout.splitlines()[-80:])
-            print(f"{tool}: exit status {done.returncode} ({seconds:.0f} s)\n{report}", flush=True)
+        if done.returncode != 0:
+            print(f"share {share}: exit status {done.returncode}\n{report(done.stdout)}", flush=True)
+        return done
+
+    for tool in options.tools or TOOLS:
+        begin = time.monotonic()
+        program = [*command(sanitizer, tool), "--ops", ",".join(options.ops), "--jobs", str(options.jobs)]
+        with ThreadPoolExecutor(options.jobs) as threads:
+            done = threads.map(partial(run, program), range(options.jobs))
+            failed = sum(share.returncode != 0 for share in done)
+        found |= failed > 0
+        result = f"found something in {failed} of {options.jobs} shares" if failed else "clean"
+        print(f"{tool}: {result} ({time.monotonic() - begin:.0f} s)", flush=True)
     return int(found)
 
 

@@ -1636,5 +1636,6 @@ SANITIZER = Path(__file__).with_name("sanitizer.py")
 
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="no compute-sanitizer on PATH")
 def test_no_access_is_out_of_bounds():
-    done = subprocess.run([sys.executable, SANITIZER, "memcheck"], capture_output=True, text=True, timeout=600)
+    command = [sys.executable, SANITIZER, "memcheck", "--jobs", str(min(os.cpu_count() or 1, 8))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
