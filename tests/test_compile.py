@@ -236,6 +236,8 @@ class Mixer(nn.Module):
         return self.out_proj(self.norm(y.flatten(2), z))
 
 
+# Where torch could round float32 to TF32, its compiler says so.
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 def test_a_training_step_of_a_model(device):
     model = Mixer().to(device)
 
@@ -402,4 +404,6 @@ def test_opcheck(device, monkeypatch):
         assert {op._schema.name for op, _ in calls} == {f"oxiscan::{name}" for name in kernels()}
     # Given on one device alone, some for some arguments.
     workspaces = ("dy", "states", "partials", "cuts", "segments", "entry_states")
-    assert [name for name, seen in given.items() if seen != {True, False} and name[1] not in workspaces] == []
+    own = [name for name, seen in given.items() if seen != {True, False} and name[1] not in workspaces]
+    # On CUDA zeros stand for a gradient of out that there is not.
+    assert own == ([] if device.type == "cpu" else [("oxiscan::ssd_backward", "dout")])
