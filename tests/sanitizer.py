@@ -315,7 +315,7 @@ def make_calls(ops: list[str], share: int, shares: int) -> None:
         print(name, flush=True)
         call()
         torch.cuda.synchronize()
-    # Its thread has left the calls' graphs then: it takes the interpreter's lock for that, and aborts if that is gone.
+    # Autograd's thread has left the calls' graphs then, which it aborts at after the interpreter's end.
     one = torch.ones(1, device="cuda", requires_grad=True)
     torch.autograd.grad(one * 1, one, torch.ones_like(one))
 
