@@ -1,7 +1,7 @@
 """Every CUDA kernel under NVIDIA's compute-sanitizer: `python tests/sanitizer.py [TOOL...]`, all four tools by default.
 
-Prints a line for each tool, with its report where it found something; the exit status says whether one did. In
-one process a tool takes more than nine minutes; `--jobs N` runs N of them at once, `--ops` leaves ops out.
+Prints a line for each tool, with its report where it found something; the exit status says whether one did. In one
+process a tool takes more than nine minutes; `--jobs N` runs N of them at once, `--ops` leaves ops out.
 
 The calls compare nothing, `pytest --device cuda` does that. Arguments are made on the CPU and copied, with the memory
 that surrounds them, so that no kernels run but this package's: the tools slow those down alone, and initcheck, which
@@ -255,17 +255,16 @@ def scan(view: str, bounds: tuple[int, ...] | None = None, rows: int = 1, **size
             tensors["initial_states"] = states["initial_states"]
         arguments = {name: on_gpu(VIEWS[view](t)) for name, t in tensors.items()}
         leaves = [t.requires_grad_() for t in arguments.values() if t.is_floating_point()]
-        with filled_states():
-            outputs = oxiscan.mamba_chunk_scan_combined(
-                **arguments,
-                chunk_size=64,
-                dt_softplus=True,
-                return_final_states=True,
-                return_varlen_states=bounds is not None,
-            )
-            gradient = inputs.normal(*tensors["x"].shape, dtype=sizes["dtype"], device=CPU)
-            gradients = [on_gpu(VIEWS[view](gradient)), *(torch.randn_like(t) for t in outputs[1:])]
-            torch.autograd.grad(outputs, leaves, gradients, allow_unused=True)
+        outputs = oxiscan.mamba_chunk_scan_combined(
+            **arguments,
+            chunk_size=64,
+            dt_softplus=True,
+            return_final_states=True,
+            return_varlen_states=bounds is not None,
+        )
+        gradient = inputs.normal(*tensors["x"].shape, dtype=sizes["dtype"], device=CPU)
+        gradients = [on_gpu(VIEWS[view](gradient)), *(torch.randn_like(t) for t in outputs[1:])]
+        torch.autograd.grad(outputs, leaves, gradients, allow_unused=True)
 
     return f"mamba_chunk_scan_combined {view} {bounds} {rows} {sizes}", call
 
@@ -311,17 +310,19 @@ CALLS: dict[str, Callable[[], Iterator[Call]]] = {
 def make_calls(ops: list[str], share: int, shares: int) -> None:
     """Every call of these ops that is in a share, announced, so that a report says which one it is about."""
     every = itertools.chain.from_iterable(CALLS[op]() for op in ops)
-    for name, call in itertools.islice(every, share, None, shares):
-        print(name, flush=True)
-        call()
-        torch.cuda.synchronize()
-    # Autograd's thread has left the calls' graphs then, which it aborts at after the interpreter's end.
+    with filled_states():
+        for name, call in itertools.islice(every, share, None, shares):
+            print(name, flush=True)
+            call()
+            torch.cuda.synchronize()
+    # Autograd's thread takes another task only when it is rid of the calls' graphs: it would abort at those after the
+    # interpreter's end.
     one = torch.ones(1, device="cuda", requires_grad=True)
     torch.autograd.grad(one * 1, one, torch.ones_like(one))
 
 
 def command(sanitizer: str, tool: str) -> list[str]:
-    """What runs a Python program under a tool."""
+    """What runs this program under a tool."""
     options = ["--tool", tool, "--error-exitcode", "1", "--print-limit", "20", "--show-backtrace", "device"]
     known = subprocess.run([sanitizer, "--help"], capture_output=True, text=True).stdout
     if tool == "memcheck" and "--padding" in known:

@@ -270,7 +270,7 @@ struct Storage {
       // Copies and clock.
       other_full[i].init(2 * kWarp);
       full[i].init(2 * kWarp);
-      // Those for pairs, dX, of which one has the unit, and outer; dD's warp.
+      // Those for pairs, dX, of which one has the unit, and outer; dD's warp, if it has work.
       empty[i].init(3 * kWarpgroup + (sums_dD ? kWarp : 0));
       states_full[i].init(kWarpgroup);
       results_full[i].init(3 * kWarpgroup);
